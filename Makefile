@@ -1,0 +1,96 @@
+# make all         everything on the embedded digits: teacher, student, distillation, report
+# make help        all targets and variables
+
+RECIPE    ?= digits
+RESULTS   ?= results
+SEED      ?= 0
+VENV      ?= .venv
+# An interpreter given here is used as it is; without one, the one in VENV is.
+PYTHON    ?= $(if $(VENV),$(VENV)/bin/python,python3)
+# What .venv is made with; 3.11 or newer.
+BASE      ?= python3
+PIP_ARGS  ?=
+# Flags of every training script: set one here (EPOCHS=5) or write any in FLAGS="--lr 1e-3".
+FLAGS     ?=
+OVERWRITE ?=
+
+typed   = $(if $($(1)),--$(2) "$($(1))")
+SHARED  = --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume \
+          $(call typed,DATASET,dataset) $(call typed,DATA_DIR,data-dir) \
+          $(call typed,EPOCHS,epochs) $(call typed,BATCH_SIZE,batch-size) \
+          $(call typed,LABELS,labels) $(call typed,VIEWS,views) \
+          $(call typed,DEVICE,device) $(call typed,PRECISION,precision) \
+          $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS)
+READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
+
+.PHONY: all setup test lint help clean report publish readme \
+        teacher student kd kd-only mean-teacher mean-teacher-no-ema
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+all: teacher student kd kd-only mean-teacher mean-teacher-no-ema report  ## the whole chain
+
+setup: $(READY)  ## only install: $(VENV) with requirements.txt as constraints.txt pins it
+
+$(VENV)/installed: requirements.txt constraints.txt
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; give one with BASE=python3.11" >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(BASE) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
+	  -r requirements.txt -c constraints.txt
+	touch $@
+
+teacher: $(READY)  ## the teacher alone
+	$(PYTHON) train_teacher.py $(SHARED)
+
+student: $(READY)  ## the student alone
+	$(PYTHON) train_student.py $(SHARED)
+
+kd: $(READY)  ## the student from the teacher and the labels
+	$(PYTHON) distill.py --objective kd $(SHARED)
+
+kd-only: $(READY)  ## the student from the teacher alone
+	$(PYTHON) distill.py --objective kd-only $(SHARED)
+
+mean-teacher: $(READY)  ## the student consistent with its own average (EMA)
+	$(PYTHON) distill.py --objective consistency $(SHARED)
+
+mean-teacher-no-ema: $(READY)  ## the student consistent with itself
+	$(PYTHON) distill.py --objective consistency --ema-decay 0 $(SHARED)
+
+report: $(READY)  ## table and picture of what is finished
+	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir "$(RESULTS)"
+
+publish: $(READY)  ## copy a recipe's small files to results/published
+	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)"
+
+readme: $(READY)  ## fill the README's tables from results/published
+	$(PYTHON) report.py readme
+
+test: $(READY)  ## set up and run the tests
+	$(PYTHON) -m pytest -q
+
+lint:  ## ruff, a tool for development: python -m pip install ruff
+	ruff check .
+
+clean:  ## remove .venv, results and caches; what is published stays, data/ too
+	rm -rf $(if $(VENV),$(VENV)) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	find results -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} + 2>/dev/null || true
+
+help:
+	@echo "make TARGET [VARIABLE=value ...]"; echo
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | sed 's/\$$(VENV)/.venv/' | \
+	  awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+	@echo; echo "Variables (defaults)"
+	@printf '  %-22s %s\n' \
+	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
+	  "SEED=$(SEED)" "of all that is random" \
+	  "RESULTS=$(RESULTS)" "where runs are kept" \
+	  "VENV=$(VENV)" "VENV= uses PYTHON as it is, as on Colab" \
+	  "PYTHON=$(PYTHON)" "the interpreter that runs the scripts" \
+	  "BASE=$(BASE)" "the interpreter that makes .venv" \
+	  "PIP_ARGS=" "for pip, an index of CPU-only builds, say" \
+	  "OVERWRITE=" "1: run finished runs again" \
+	  "FLAGS=" "any flags, for every training script" \
+	  "DATASET= DATA_DIR= EPOCHS= BATCH_SIZE= LABELS= VIEWS= DEVICE= PRECISION=" "" \
+	  "" "as the flags of these names; default: the recipe's"

@@ -1,0 +1,445 @@
+"""What all scripts share: device, precision, seeds, evaluate, EMA, fit, the files of a run.
+
+    python common.py --recipes                 the recipes as a table
+
+A training script hands fit() a model, batches, and one function, loss_fn(model, batch) ->
+(loss, logits); all the rest of a run is here. Recipes and flags are in flags.py.
+"""
+import copy
+import csv
+import io
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from flags import (  # noqa: F401  (RECIPES and settings are looked for here)
+    RECIPES,
+    SCHEMA,
+    Parser,
+    fail,
+    recipes_table,
+    settings,
+    write_whole,
+)
+
+# ---- device, precision, seeds -----------------------------------------------------------------
+
+def pick_device(name="auto"):
+    """Return the torch.device of a name: auto is CUDA, else Apple's MPS, else the CPU."""
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
+             "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind]())
+    elif not there.get(name.split(":")[0], lambda: False)():
+        has = ", ".join(kind for kind in there if there[kind]())
+        fail(f"--device {name}: not on this machine, which has: {has}; or leave it out")
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """Return fp32 or bf16; auto is bf16 where the hardware multiplies it natively, as emulation
+    is slower than float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and native() else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# One stream for each use, so that no use of random numbers shifts another.
+STREAMS = {name: i for i, name in enumerate((
+    "weights", "labels", "order", "view", "other view", "noise", "other noise"))}
+
+
+def seed_for(seed, stream, *more):
+    """Return a 32-bit seed for one use in one epoch; neighbours are not alike, as seed + e is."""
+    return int(np.random.SeedSequence((seed, STREAMS[stream], *more)).generate_state(1)[0])
+
+
+def generator(seed, stream, *more, device="cpu"):
+    """Return a torch.Generator made for one use in one epoch: nothing has to remember its state."""
+    return torch.Generator(device).manual_seed(seed_for(seed, stream, *more))
+
+
+def set_up(args):
+    """Resolve --device and --precision in a copy of the flags; return it and the torch.device."""
+    device = pick_device(args.device)
+    args = copy.copy(args)
+    args.device, args.precision = device.type, pick_precision(args.precision, device)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    return args, device
+
+
+# ---- EMA --------------------------------------------------------------------------------------
+
+def make_average(model):
+    """Return the average at its start: a float32 copy of the model that takes no gradient."""
+    return copy.deepcopy(model).float().requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update_(average, model, decay):
+    """average ← decay·average + (1−decay)·model, in place, for two modules of one architecture.
+
+    Parameters and float buffers (BatchNorm's running mean and variance) are averaged, integer
+    buffers copied. decay is taken as given: 0 copies, 1 would freeze. Tarvainen & Valpola 2017,
+    arXiv 1703.01780, section 2.
+    """
+    mine = [*average.parameters(), *average.buffers()]
+    theirs = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    floats = [(a, t.to(a.dtype)) for a, t in zip(mine, theirs, strict=True)
+              if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in floats], [t for _, t in floats], 1 - decay)
+    for a, t in zip(mine, theirs, strict=True):
+        if not a.is_floating_point():
+            a.copy_(t)
+
+
+def ema_decay(decay, update):
+    """Return the decay at update 0, 1, …: short at first, so that random weights are forgotten."""
+    return min(decay, (1 + update) / (10 + update))
+
+
+def ema_reached(decay):
+    """Return the first update at which the warm-up no longer holds the decay back."""
+    return max(0, math.ceil((10 * decay - 1) / (1 - decay) - 1e-6))
+
+
+def say(line):
+    """Print a line on stdout, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# ---- evaluate ---------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, batches, precision="fp32"):
+    """Return {"loss": mean cross-entropy, "accuracy": 0 to 1, "n": rows} over labelled rows.
+
+    batches: any iterable of items that begin (x, y), of any sizes. Everything is a sum over rows
+    divided by n at the end, so that a last batch of another size counts for what it is. The model
+    is in eval mode inside; every module gets its own mode back.
+    """
+    device = next((p.device for p in model.parameters()), None)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    losses, hits, rows = [], [], []
+    try:
+        for x, y, *_ in batches:
+            x, y = x.to(device or x.device), y.to(device or x.device)
+            with autocast(x.device, precision):
+                logits = model(x)                                       # (B, classes)
+            losses.append(F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum"))
+            hits.append((logits.argmax(1) == y).sum())      # an unlabelled -1 is never hit
+            rows.append((y >= 0).sum())
+    finally:
+        for module, training in modes:
+            module.training = training
+    n = int(sum(rows)) if rows else 0       # the first look at a value: no wait inside the loop
+    if n == 0:
+        raise ValueError("evaluate: no labelled rows in these batches")
+    loss = torch.stack(losses).cpu().double().sum().item()
+    return {"loss": loss / n, "accuracy": int(sum(hits)) / n, "n": n}
+
+
+# ---- fit --------------------------------------------------------------------------------------
+
+def schedule(kind, step, steps):
+    """Return the factor on the learning rate at step 0 … steps−1.
+
+    onecycle: from 1/25 up to 1 over the first 30 %, then down to nearly 0, both as half a cosine
+    (Smith & Topin 2017, arXiv 1708.07120; the numbers are torch's).
+    """
+    if kind == "constant":
+        return 1.0
+    if kind == "cosine":
+        return (1 + math.cos(math.pi * step / steps)) / 2
+    peak, last = 0.3 * steps - 1, steps - 1
+    low, high, t = ((0.04, 1.0, step / peak) if peak > 0 and step <= peak else
+                    (4e-6, 1.0, (last - step) / (last - peak)))
+    return low + (high - low) * (1 - math.cos(math.pi * t)) / 2
+
+
+def make_optimizer(model, args):
+    """Return the optimizer; biases and norms are not decayed."""
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+              {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    options = dict(lr=args.lr, weight_decay=args.weight_decay)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](groups, **options)
+
+
+def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total, bar):
+    """One pass over the batches, from update number `update` of `total`.
+
+    Returns each step's loss, hits and labelled rows, still on the device: a look at a value would
+    make a GPU finish all work under way. On a CPU it is free, and saves the rest of the epoch.
+    """
+    losses, hits, rows = [], [], []
+    model.train()
+    for update, batch in enumerate(batches, update):        # noqa: B020
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(args.schedule, update, total)
+
+        # forward and loss
+        with autocast(batch.x.device, args.precision):
+            loss, logits = loss_fn(model, batch)            # scalar, (B, classes)
+
+        # backward
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+
+        # step
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+
+        # EMA
+        if average is not None:
+            ema_update_(average, model, ema_decay(args.ema_decay, update))
+
+        # log
+        losses.append(loss.detach().float())
+        hits.append((logits.detach().argmax(1) == batch.y).sum())
+        rows.append((batch.y >= 0).sum())
+        bar.update()
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            break
+    return torch.stack(losses), torch.stack(hits), torch.stack(rows)
+
+
+def tell_time(batches, total):
+    """Pass batches through; after 25 say how long `total` will take, from the last 20."""
+    for i, batch in enumerate(batches):
+        if i == 5:
+            started = time.perf_counter()
+        if i == 25:
+            seconds = (time.perf_counter() - started) / 20 * total
+            say(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s")
+        yield batch
+
+
+def stop_unless_finite(losses, epoch, lr, folder):
+    """End with exit code 3 at the first loss that is not finite, naming epoch and step."""
+    for step, loss in enumerate(losses, 1):
+        if not math.isfinite(loss):
+            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
+            fail(f"the loss is {loss} at epoch {epoch}, step {step} (learning rate now {lr:.2g}); "
+                 f"{kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
+
+
+def chance(labels):
+    """Return the accuracy that a network must pass to have learned anything: always naming the
+    largest class, plus 3 standard errors of that share."""
+    labels = labels[labels >= 0].cpu()
+    share = labels.bincount().max().item() / len(labels)
+    return share + 3 * math.sqrt(share * (1 - share) / len(labels))
+
+
+def warn_unless_learning(history, epochs, limit, classes):
+    """After a third of the epochs, name the usual causes if validation is still at chance."""
+    if len(history) != max(1, math.ceil(epochs / 3)) or history[-1]["val_accuracy"] is None:
+        return
+    if max(row["val_accuracy"] for row in history) > limit:
+        return
+    loss = history[-1]["train_loss"]
+    floor = math.log(classes)
+    at_chance = (f"; the loss sits at ln({classes}) = {floor:.3f}, what a network scores that tells "
+                 "nothing apart") if abs(loss / floor - 1) < 0.02 else ""
+    say(f"warning: nothing learned in {len(history)} epochs: validation accuracy is not above "
+        f"chance{at_chance}. Usual causes: an init without the ReLU gain (--init he), a learning "
+        "rate too high or too low (--lr), dead ReLUs, labels that do not belong to the images.")
+
+
+VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
+
+
+def best_epoch(history, name):
+    """Return a network's first epoch of highest validation accuracy; without any, the last."""
+    values = [row[VALIDATED[name] + "_accuracy"] for row in history]
+    return len(values) if None in values else values.index(max(values)) + 1
+
+
+def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=None):
+    """Train a model for args.epochs epochs, or those that are left; return the run's final dict.
+
+    loss_fn(model, batch) -> (loss, logits) says what is learned from a batch. splits: data.Batches
+    of train, val (may be empty) and test. average: of make_average, updated and evaluated beside
+    the model. card: what best.pt must hold to be used alone. facts: what final.json says beside
+    results, with setup_seconds and teacher_seconds. draw(history, path): draws curves.png.
+    """
+    train, val, test = splits
+    optimizer = make_optimizer(model, args)
+    limit = chance((val if len(val) else test).labels)
+    networks = {"model": model} | ({} if average is None else {"ema": average})
+    history, best = restore(folder, networks, optimizer) if args.resume else ([], {})
+    steps, first = train.steps(), len(history) + 1
+    bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, desc=folder.name,
+               unit=" steps", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
+    for epoch in range(first, args.epochs + 1):
+        started = time.perf_counter()
+        batches = train.epoch(epoch)
+        if epoch == first:
+            batches = tell_time(batches, (args.epochs - epoch + 1) * steps)
+        losses, hits, rows = train_epoch(args, model, average, loss_fn, optimizer, batches,
+                                         (epoch - 1) * steps, args.epochs * steps, bar)
+        losses, hits, rows = losses.tolist(), int(hits.sum()), int(rows.sum())
+        trained, lr = time.perf_counter() - started, optimizer.param_groups[0]["lr"]
+        stop_unless_finite(losses, epoch, lr, folder)
+
+        row = dict(epoch=epoch, train_loss=sum(losses) / steps, train_accuracy=hits / max(1, rows))
+        for name, column in VALIDATED.items():
+            known = name in networks and len(val)
+            found = evaluate(networks[name], val, args.precision) if known else {}
+            row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
+        stop_unless_finite([row["val_loss"] or 0.0], epoch, lr, folder)
+        row |= dict(lr=lr, seconds=time.perf_counter() - started,
+                    images_per_second=steps * train.step_size / trained)
+        history.append(row)
+        for name, network in networks.items():
+            if best_epoch(history, name) == epoch:
+                best[name] = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+        save_epoch(folder, card, history, best, networks, optimizer)
+        say(epoch_line(row, args.epochs))
+        warn_unless_learning(history, args.epochs, limit, len(card["classes"]))
+    bar.close()
+    final = score(args, folder, networks, best, history, test, facts, limit)
+    if draw:
+        draw(history, folder / "curves.png")
+    write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
+    return final
+
+
+# ---- files of a run ---------------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Write tensors and plain values so that the file is as it was or whole."""
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    write_whole(Path(path), memory.getbuffer())
+
+
+def load_checkpoint(path):
+    """Return what save_checkpoint wrote, on the CPU; no code in the file is ever run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: no such file")
+    except Exception as error:    # torch raises many kinds for damaged or foreign files
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        fail(f"{path}: not a whole checkpoint of tensors and plain values ({reason})")
+
+
+def save_epoch(folder, card, history, best, networks, optimizer):
+    """Write best.pt, metrics.csv, checkpoint.pt in this order: the last is the commit point."""
+    epochs = {name: best_epoch(history, name) for name in networks}
+    if len(history) in epochs.values():
+        save_checkpoint(folder / "best.pt", card | dict(
+            model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
+            ema_epoch=epochs.get("ema")))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, history[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    write_whole(folder / "metrics.csv", text.getvalue().encode())
+    states = {name: network.state_dict() for name, network in networks.items()}
+    save_checkpoint(folder / "checkpoint.pt", dict(
+        schema=SCHEMA, history=history, networks=states, optimizer=optimizer.state_dict()))
+
+
+def restore(folder, networks, optimizer):
+    """Load the last finished epoch, if there is one; return its history and the best weights."""
+    if not (folder / "checkpoint.pt").exists():
+        return [], {}
+    state, best = load_checkpoint(folder / "checkpoint.pt"), load_checkpoint(folder / "best.pt")
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    say(f"going on after epoch {len(state['history'])}")
+    return state["history"], {name: best[name] for name in networks}
+
+
+def score(args, folder, networks, best, history, test, facts, limit):
+    """Score the test split, once, with the last and the best weights; return the final dict."""
+    started = time.perf_counter()
+    last = evaluate(networks["model"], test, args.precision)["accuracy"]
+    first = {name: best_epoch(history, name) for name in networks}
+    val = {name: history[first[name] - 1][VALIDATED[name] + "_accuracy"] for name in networks}
+    tested = {}
+    for name, network in networks.items():
+        network.load_state_dict(best[name])
+        tested[name] = evaluate(network, test, args.precision)
+    known = tested["model"]["accuracy"] if val["model"] is None else val["model"]
+    ema, speeds = tested.get("ema", {}), [row["images_per_second"] for row in history]
+    seconds = (facts["setup_seconds"] + facts["teacher_seconds"]
+               + sum(row["seconds"] for row in history) + time.perf_counter() - started)
+    final = dict(
+        schema=SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,
+        arch=args.arch, epochs=args.epochs, best_epoch=first["model"],
+        ema_best_epoch=first.get("ema"), val_accuracy=val["model"],
+        test_accuracy=tested["model"]["accuracy"], test_loss=tested["model"]["loss"],
+        ema_val_accuracy=val.get("ema"), ema_test_accuracy=ema.get("accuracy"),
+        last_test_accuracy=last, learned=known > limit, seconds=seconds,
+        images_per_second=float(np.median(speeds[1:] or speeds)),
+        peak_memory_bytes=peak_memory(), device=args.device, precision=args.precision,
+        torch=torch.__version__)
+    average = f", its average {100 * ema['accuracy']:.2f} %" if ema else ""
+    say(f"{folder}: test accuracy {100 * final['test_accuracy']:.2f} %{average}, from epoch "
+        f"{first['model']} of {args.epochs}, {seconds:.0f} s")
+    if not final["learned"]:
+        say("warning: this network learned nothing; the report will draw no conclusion from it")
+    return final
+
+
+def epoch_line(row, epochs):
+    """Return what happened in an epoch, in at most 80 columns."""
+    def score(name, title):
+        value = row[name + "_accuracy"]
+        return "" if value is None else f"  {title} {100 * value:5.2f} %"
+
+    width = len(str(epochs))
+    return (f"epoch {row['epoch']:{width}}/{epochs}  loss {row['train_loss']:.4f}"
+            f"{score('train', 'train')}{score('val', 'val')}{score('ema_val', 'ema')}"
+            f"  {row['seconds']:.1f} s")
+
+
+def peak_memory():
+    """Return the most bytes held so far: of the GPU's memory if there is one, else of the process.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--recipes", action="store_true", help="print the recipes as a table")
+    if not parser.parse_args(argv).recipes:
+        parser.error("nothing to do: --recipes prints the recipes")
+    print(recipes_table())
+    return RECIPES
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Data sets as uint8 arrays, their splits, and the batches made from them on the device.
+
+    python data.py --dataset digits                          make the arrays, print what they hold
+    python data.py --dataset digits --show 32                and a picture of 32 images
+    python data.py --dataset folder --data-dir data/cifar10
+
+A data set is read once into arrays below --data-dir; the next start maps those into memory. The
+train images are kept in a fixed shuffled order, the same share of every class in any stretch of
+it, so that the last tenth is a fair validation split and no image is copied to make it.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import digits
+import readers
+from common import generator, seed_for
+from flags import fail, number, parse
+
+CACHE_VERSION = 1      # of the arrays on disk: raised when what is stored changes
+
+
+class Split(NamedTuple):
+    images: np.ndarray      # (N, H, W, 3) uint8
+    labels: np.ndarray      # (N,) int64; -1: unlabelled
+
+
+class Splits(NamedTuple):
+    train: Split
+    val: Split
+    test: Split
+    mean: tuple             # per channel, of the whole train split, pixels from 0 to 1
+    std: tuple
+    classes: tuple          # names; a label is an index into them
+    key: str                # SHA-256 of all images and labels
+
+
+# ---- the arrays on disk -----------------------------------------------------------------------
+
+def shuffled(labels):
+    """Return a fixed order of the rows in which every stretch holds each class in proportion."""
+    rng = np.random.default_rng(0)
+    place = np.empty(len(labels))
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        place[rng.permutation(rows)] = (np.arange(len(rows)) + rng.random(len(rows))) / len(rows)
+    return np.argsort(place)
+
+
+def mean_and_std(images):
+    """Per channel over all pixels, from 0 to 1; exact, because grey levels are counted first."""
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1000):
+        block = images[start:start + 1000].reshape(-1, 3)
+        counts += [np.bincount(block[:, c], minlength=256) for c in range(3)]
+    share = counts / counts.sum(1, keepdims=True)
+    levels = np.arange(256) / 255
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()     # a channel may be constant
+
+
+def make_arrays(read):
+    """Read a data set; return its four arrays and what is known of them."""
+    arrays, classes = read()
+    (images, labels), (test_images, test_labels) = arrays["train"], arrays["test"]
+    order = shuffled(labels)
+    arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
+              "test_images": test_images, "test_labels": test_labels.astype(np.int64)}
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]))
+    mean, std = mean_and_std(images)
+    return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
+                        std=std, key=digest.hexdigest())
+
+
+def cached_arrays(folder, read):
+    """Return (arrays, facts) from a folder of .npy files, made by read() where it is not there."""
+    try:
+        facts = json.loads((folder / "meta.json").read_text())
+        if facts["version"] == CACHE_VERSION:
+            return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
+                    ("train_images", "train_labels", "test_images", "test_labels")}, facts
+    except FileNotFoundError:
+        pass
+    arrays, facts = make_arrays(read)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        aside.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        (aside / "meta.json").write_text(json.dumps(facts))
+        # Arrays of an earlier state of the same folder, or of an earlier version, are of no use.
+        for old in folder.parent.glob(folder.name.rsplit("-", 1)[0] + "-*"):
+            if old != aside and not old.name.endswith(".part"):
+                shutil.rmtree(old, ignore_errors=True)
+        os.rename(aside, folder)
+    except OSError as error:       # read-only data, say: learn from memory, decode again next time
+        shutil.rmtree(aside, ignore_errors=True)
+        if not (folder / "meta.json").exists():       # else another process was faster
+            print(f"note: arrays not kept in {folder.parent} ({error.strerror})", file=sys.stderr)
+    return arrays, facts
+
+
+def open_digits(data_dir, size, fit):
+    if size != digits.SIDE:
+        fail(f"--image-size {size}: digits are {digits.SIDE}×{digits.SIDE}; leave it out")
+    return cached_arrays(data_dir / f"digits-{digits.VERSION}",
+                         lambda: (digits.splits(), range(10)))
+
+
+def open_folder(data_dir, size, fit):
+    listing = readers.folder_listing(data_dir)
+    return cached_arrays(data_dir / ".arrays" / f"{size}-{fit}-{readers.fingerprint(listing)}",
+                         lambda: readers.read_folder(listing, size, fit))
+
+
+DATASETS = {"digits": open_digits, "folder": open_folder}
+
+
+def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=32,
+         fit="resize"):
+    """Return the Splits of a data set: train, val, test, mean, std, classes, key.
+
+    labels: None for all, or how many train images keep theirs, the same number in each class,
+    chosen by the seed; the others get -1. val_fraction of train is held out, whatever the seed.
+    """
+    if name not in DATASETS:
+        fail(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
+    arrays, facts = DATASETS[name](Path(data_dir), image_size, fit)
+    images, targets = arrays["train_images"], np.array(arrays["train_labels"])
+    cut = len(images) - round(val_fraction * len(images))
+    if cut < 1:
+        fail(f"--val-fraction {val_fraction} leaves none of {len(images)} images to train on")
+    train = Split(images[:cut], targets[:cut])
+    if labels is not None:
+        train = Split(train.images, keep_labels(train.labels, labels, facts["classes"], seed))
+    return Splits(train, Split(images[cut:], targets[cut:]),
+                  Split(arrays["test_images"], np.array(arrays["test_labels"])),
+                  tuple(facts["mean"]), tuple(facts["std"]), tuple(facts["classes"]), facts["key"])
+
+
+def keep_labels(labels, count, classes, seed):
+    """Return a copy in which `count` labels, the same number in each class, stay; others are -1."""
+    each, rest = divmod(count, len(classes))
+    fewest = np.bincount(labels, minlength=len(classes)).min()
+    if rest or not 1 <= each <= fewest:
+        fail(f"--labels {count}: must be a multiple of the {len(classes)} classes, from "
+             f"{len(classes)} to {fewest * len(classes)}, or all")
+    rng = np.random.default_rng(seed_for(seed, "labels"))
+    kept = np.full_like(labels, -1)
+    for c in range(len(classes)):
+        rows = rng.choice(np.flatnonzero(labels == c), each, replace=False)
+        kept[rows] = c
+    return kept
+
+
+# ---- batches ----------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    x: torch.Tensor                         # (B, 3, H, W) float32, normalised, channels last
+    y: torch.Tensor                         # (B,) int64; -1: unlabelled
+    rows: torch.Tensor                      # (B,) which images of the split these are
+    other: torch.Tensor | None = None       # (B, 3, H, W) the same images in another view
+    epoch: int = 0
+
+
+# Which random draws make a view of an image.
+AUGMENTS = {"none": (), "crop": ("shift",), "flip-crop": ("shift", "flip")}
+CHOICES = {"dataset": DATASETS, "fit": readers.FITS, "augment": AUGMENTS}
+# The share of a batch that is labelled, where some images are not: few labels seen often, but not
+# so few in a batch that their gradient is mostly noise.
+LABELLED_SHARE = 0.25
+
+
+class Batches:
+    """The batches of a split, made on the device: iterate for all rows in order and unaugmented,
+    or take epoch(e) for a shuffled, augmented training epoch, the same whenever it is drawn.
+    """
+
+    def __init__(self, split, mean, std, batch_size, device="cpu", augment="none", views=0, seed=0,
+                 pair=False, labelled_only=False):
+        self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
+        self.draws, self.views, self.pair = AUGMENTS[augment], views, pair
+        images = torch.from_numpy(split.images)
+        if self.device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info()[0] / 2:
+            images = images.to(self.device)
+        self.images, self.shape = images, images.shape[1:3]
+        self.labels = torch.from_numpy(split.labels).to(self.device)
+        known = torch.from_numpy(split.labels >= 0)
+        self.labelled = known.nonzero().squeeze(1)
+        self.unlabelled = (~known).nonzero().squeeze(1)[:0 if labelled_only else None]
+        self.step_size = min(batch_size, len(self.labelled) + len(self.unlabelled))
+        # (x/255 − mean)/std in one multiplication and one addition
+        std = torch.tensor(std, dtype=torch.float32, device=self.device)
+        self.scale = 1 / (255 * std)
+        self.offset = -torch.tensor(mean, dtype=torch.float32, device=self.device) / std
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        for start in range(0, len(self), self.batch_size):
+            rows = torch.arange(start, min(start + self.batch_size, len(self)))
+            yield Batch(self.look(rows), self.labels[rows.to(self.device)], rows)
+
+    def order(self, epoch):
+        """Return the rows of each step, (steps, B): shuffled, cut to a multiple of the batch.
+
+        With unlabelled rows an epoch goes once through those, a fixed share of each batch is
+        labelled, and the labelled rows come round as often as it takes.
+        """
+        g = generator(self.seed, "order", epoch)
+
+        def shuffle(rows, count):
+            rounds = -(-count // len(rows))
+            return torch.cat([rows[torch.randperm(len(rows), generator=g)]
+                              for _ in range(rounds)])[:count]
+
+        total, size = len(self.labelled) + len(self.unlabelled), self.step_size
+        if not len(self.unlabelled):
+            return shuffle(self.labelled, total // size * size).view(-1, size)
+        taught = min(max(1, round(size * LABELLED_SHARE)), size - 1) if len(self.labelled) else 0
+        steps = max(1, len(self.unlabelled) // (size - taught))
+        free = shuffle(self.unlabelled, steps * (size - taught)).view(steps, -1)
+        if not taught:
+            return free
+        return torch.cat([shuffle(self.labelled, steps * taught).view(steps, -1), free], 1)
+
+    def steps(self):
+        """Number of batches in a training epoch."""
+        return len(self.order(0))
+
+    def epoch(self, epoch):
+        """Yield the batches of training epoch 1, 2, …"""
+        view = epoch % self.views if self.views else epoch
+        mine = self.draw("view", view)
+        others = self.draw("other view", view) if self.pair else None
+        for rows in self.order(epoch):
+            y = self.labels[rows.to(self.device)]
+            other = self.look(rows, others) if self.pair else None
+            yield Batch(self.look(rows, mine), y, rows, other, epoch)
+
+    def draw(self, stream, view):
+        """Return, for every image of the split, where view number `view` looks; drawn on the CPU,
+        so that every device sees the same."""
+        g, n = generator(self.seed, stream, view), len(self)
+        height, width = self.shape
+        down = torch.randint(-(height // 8), height // 8 + 1, (n,), generator=g)
+        right = torch.randint(-(width // 8), width // 8 + 1, (n,), generator=g)
+        flip = torch.rand(n, generator=g) < 0.5
+        return dict(shift=(down, right), flip=flip)
+
+    def look(self, rows, view=None):
+        """Return the images of some rows, (B, 3, H, W), normalised; shifted by up to an eighth of
+        the side with the edge mirrored, and flipped, as the view says."""
+        place = self.images.device
+        if view is None or not self.draws:
+            x = self.images[rows.to(place)]
+        else:
+            (height, width), (down, right) = self.shape, view["shift"]
+            i = mirror(torch.arange(height) + down[rows, None], height)     # (B, H)
+            j = mirror(torch.arange(width) + right[rows, None], width)      # (B, W)
+            if "flip" in self.draws:
+                j = torch.where(view["flip"][rows, None], j.flip(1), j)
+            # One gather does crop, flip and batch: pixel numbers in the list of all pixels.
+            pixels = (rows[:, None, None] * height + i[:, :, None]) * width + j[:, None, :]
+            x = self.images.view(-1, 3)[pixels.view(-1).to(place)].view(-1, height, width, 3)
+        x = x.to(self.device, non_blocking=True).float() * self.scale + self.offset
+        return x.permute(0, 3, 1, 2)         # a view: the memory stays channels last
+
+
+def mirror(index, size):
+    """Fold indices that run out of 0 … size−1 back in, as in a mirror at the edge pixel."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def draw_grid(batch, raw, splits, path):
+    """Write a PNG: the same images as they are stored, and as the network sees them.
+
+    raw: (N, H, W, 3) uint8; batch: of Batches, N rows. Normalised values have no natural colours:
+    −2 is drawn black, +2 white.
+    """
+    n, seen = len(raw), (batch.x.permute(0, 2, 3, 1).numpy() + 2).clip(0, 4) / 4
+    columns = min(n, 8)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(1.9 * columns, 1.15 * rows + 0.6), layout="constrained")
+    for half, title, images in zip(figure.subfigures(1, 2), ("stored", "as the network sees it"),
+                                   (raw, seen), strict=True):
+        half.suptitle(title)
+        for i, axes in enumerate(half.subplots(rows, columns, squeeze=False).flat):
+            axes.axis("off")
+            if i < n:
+                axes.imshow(images[i])
+                axes.set_title(splits.classes[int(batch.y[i])][:12], fontsize=8, pad=2)
+    figure.savefig(path, dpi=100)
+
+
+def main(argv=None):
+    own = {"show": dict(type=number(int, 1, 1024), metavar="N", help="write a picture of N images"),
+           "out": dict(metavar="FILE", help="where to; default: <data-dir>/<dataset>.png")}
+    args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)
+    splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
+                  args.fit)
+    facts = {part: len(split.labels) for part, split in zip(
+        ("train", "val", "test"), splits[:3], strict=True)}
+    facts |= dict(classes=splits.classes, mean=splits.mean, std=splits.std, key=splits.key)
+    print(f"{args.dataset}: {facts['train']} train, {facts['val']} validation, {facts['test']} "
+          f"test images of {'×'.join(map(str, splits.train.images.shape[1:]))}")
+    print(f"{len(splits.classes)} classes: {', '.join(splits.classes[:20])}"
+          f"{', …' if len(splits.classes) > 20 else ''}")
+    print("mean", *(f"{v:.4f}" for v in splits.mean), " std", *(f"{v:.4f}" for v in splits.std))
+    if args.show:
+        batches = Batches(splits.train, splits.mean, splits.std, args.show, augment=args.augment)
+        rows = torch.arange(min(args.show, len(batches)))
+        batch = Batch(batches.look(rows, batches.draw("view", 1)), batches.labels[rows], rows)
+        facts["picture"] = args.out or str(Path(args.data_dir) / f"{args.dataset}.png")
+        draw_grid(batch, splits.train.images[:len(rows)], splits, facts["picture"])
+        print(facts["picture"])
+    return facts
+
+
+if __name__ == "__main__":
+    main()

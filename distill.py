@@ -1,0 +1,225 @@
+"""Train the student with a teacher: a bigger network, or its own average.
+
+    python distill.py                                  kd: teacher and labels (Hinton et al. 2015)
+    python distill.py --objective kd-only              the teacher alone, no label is read
+    python distill.py --objective consistency          mean teacher: two views, the teacher is the
+                                                       student's EMA (Tarvainen & Valpola 2017)
+    python distill.py --objective consistency --ema-decay 0       the teacher is the student itself
+    python distill.py --teacher ema                    kd from the student's own average
+    python distill.py --teacher results/digits/teacher-s1/best.pt --temperature 2 --alpha 0.5
+
+The same seed sees the same batches and starts from the same student as train_student.py.
+"""
+import hashlib
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import common
+import flags
+import models
+from train_student import CHOICES, announce, prepare, run
+
+# ---- losses -----------------------------------------------------------------------------------
+
+def kd_loss(student_logits, teacher_logits, labels, temperature, alpha):
+    """Return alpha·T²·KL(teacher ‖ student) + (1−alpha)·CE, a scalar in float32.
+
+    Logits (B, classes), labels (B,), −1 where unlabelled. KL is between the two softmaxes at
+    temperature T, summed over classes, mean over all rows; T² keeps its gradient's size when T
+    changes. CE is at temperature 1, mean over labelled rows, 0 if there are none. Gradient flows
+    to the student only. Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 2.
+    """
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, 1)
+    student = F.log_softmax(student_logits.float() / temperature, 1)
+    # batchmean, not mean: mean would also divide by the number of classes.
+    soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return alpha * temperature ** 2 * soft + (1 - alpha) * class_cost(student_logits, labels, "ce")
+
+
+def consistency_loss(student_logits, teacher_logits):
+    """Return the mean squared error of the two softmaxes, mean over rows and classes, in float32.
+
+    Logits (B, classes). Gradient flows to the student only. Tarvainen & Valpola 2017,
+    arXiv 1703.01780, section 2.
+    """
+    target = F.softmax(teacher_logits.detach().float(), 1)
+    return F.mse_loss(F.softmax(student_logits.float(), 1), target)
+
+
+def class_cost(logits, labels, kind):
+    """Return the cost on the labels, mean over labelled rows (label ≥ 0), 0 if there are none.
+
+    Logits (B, classes), labels (B,). kind "ce": cross-entropy. "bce": binary cross-entropy with
+    the one-hot label, summed over classes. In float32.
+    """
+    known = labels >= 0
+    count = known.sum().clamp(min=1)
+    if kind == "ce":
+        total = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+    else:
+        target = F.one_hot(labels.clamp(min=0), logits.shape[1]).float()
+        each = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none")
+        total = (each.sum(1) * known).sum()
+    return total / count
+
+
+def ramp_up(epoch, epochs):
+    """Return the factor on the consistency term in epoch 1, 2, …: exp(−5·(1−t)²), from 0.0067 in
+    the first epoch to 1 after `epochs`. Laine & Aila 2017, arXiv 1610.02242, section 3.1."""
+    t = min(1.0, (epoch - 1) / epochs) if epochs else 1.0
+    return math.exp(-5 * (1 - t) ** 2)
+
+
+# ---- teachers ---------------------------------------------------------------------------------
+
+def find_teacher(args):
+    """Return the path of the teacher, or None where it is the student's own average."""
+    asked = args.teacher or ("ema" if args.objective == "consistency" else None)
+    if asked == "ema":
+        return None
+    path = Path(asked or Path(args.results_dir, args.recipe, f"teacher-s{args.seed}", "best.pt"))
+    if not path.is_file():
+        standard = flags.settings(args.recipe, "teacher")
+        typed = "".join(f" --{name.replace('_', '-')} {vars(args)[name]}" for name in
+                        ("dataset", "data_dir", "seed", "results_dir", "device")
+                        if vars(args)[name] != standard[name])
+        fail = f"--teacher {path}: no such file"
+        flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
+                   if not asked else f"{fail}; give a best.pt, or ema")
+    return path
+
+
+def load_network(path):
+    """Return (network, card) of a best.pt, in eval mode, taking no gradient."""
+    card = common.load_checkpoint(path)
+    if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
+        flags.fail(f"{path}: not a best.pt of these scripts: it does not say how to build the net")
+    network = models.build(**card["build"])
+    network.load_state_dict(card["model"])
+    return network.eval().requires_grad_(False), card
+
+
+def weights_sha256(state):
+    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_teacher(path, card, job):
+    """Refuse a teacher whose classes or images are not the student's, by name."""
+    theirs, mine = list(card["classes"]), list(job.splits.classes)
+    if theirs != mine:
+        odd = sorted(set(theirs) ^ set(mine))
+        which = f"{odd[0]!r} is in only one of them" if odd else "they stand in another order"
+        flags.fail(f"--teacher {path}: knows {len(theirs)} classes, the data has {len(mine)}; "
+                   f"{which}; give a teacher trained on these classes")
+    theirs, mine = tuple(card["build"]["image_shape"]), tuple(job.card["build"]["image_shape"])
+    if theirs != mine:
+        flags.fail(f"--teacher {path}: takes images of {theirs}, the data has {mine} "
+                   "(channels, height, width); give --image-size or another teacher")
+
+
+def frozen_teacher(network, card, job):
+    """Return x -> logits without gradient, for batches normalised with the student's data."""
+    network = network.to(job.device, memory_format=torch.channels_last)
+    mean, std, own_mean, own_std = (
+        torch.tensor(values, device=job.device, dtype=torch.float32).view(1, 3, 1, 1)
+        for values in (job.splits.mean, job.splits.std, card["mean"], card["std"]))
+    same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
+
+    def teacher(x):
+        with torch.no_grad():
+            return network(x if same else (x * std + mean - own_mean) / own_std)
+    return teacher
+
+
+def report_teacher(teacher, job, path):
+    """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
+    val = job.batches[1]
+    if not len(val):
+        common.say(f"  from   {path} (no validation images to measure it on)")
+        return
+    module = torch.nn.Module()
+    module.forward = teacher
+    accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
+    common.say(f"  from   {path}: validation accuracy {100 * accuracy:.2f} %")
+    if accuracy <= common.chance(val.labels):
+        common.say("warning: this teacher is not above chance; what it teaches is noise")
+
+
+# ---- objectives -------------------------------------------------------------------------------
+
+def kd_objective(args, teacher):
+    def loss_fn(model, batch):
+        logits = model(batch.x)
+        return kd_loss(logits, teacher(batch.x), batch.y, args.temperature, args.alpha), logits
+    t, a = args.temperature, args.alpha
+    parts = [f"{a:g}·{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
+    parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
+    return loss_fn, " + ".join(parts) + ", means over the batch"
+
+
+def consistency_objective(args, teacher):
+    def loss_fn(model, batch):
+        logits = model(batch.x)
+        labels = class_cost(logits, batch.y, args.class_cost)
+        views = consistency_loss(logits, teacher(batch.other))
+        weight = (1 - args.class_weight) * ramp_up(batch.epoch, args.ramp_up)
+        return args.class_weight * labels + weight * views, logits
+    ramp = f"·ramp over {args.ramp_up} epochs" if args.ramp_up else ""
+    return loss_fn, (f"{args.class_weight:g}·{args.class_cost.upper()}(labels) + "
+                     f"{1 - args.class_weight:g}{ramp}·MSE(softmaxes of two views)")
+
+
+def run_name(args, own):
+    if args.objective == "consistency":
+        kind = "consistency" if not own else "mean-teacher" + "-no-ema" * (args.ema_decay == 0)
+    else:
+        kind = args.objective + "-ema" * own
+    return f"{kind}-s{args.seed}"
+
+
+def main(argv=None):
+    started = time.perf_counter()
+    args = flags.parse(__doc__, lambda objective: objective, CHOICES, argv,
+                       groups=("data", "network", "training", "distillation", "run"))
+    if args.objective == "kd-only" and args.alpha != 1:
+        flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
+                   "alpha is 1; use --objective kd")
+    path = find_teacher(args)
+    network, card = load_network(path) if path else (None, None)
+    sha256 = weights_sha256(card["model"]) if path else None
+    job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
+                  pair=args.objective == "consistency", teacher_sha256=sha256)
+    if path:
+        check_teacher(path, card, job)
+    if job.final:
+        return job.final
+    model, args = job.model, job.args
+    average = common.make_average(model) if args.ema_decay else None
+    if path:
+        teacher = frozen_teacher(network, card, job)
+    else:       # its own average; with decay 0 itself
+        own = average.eval() if average is not None else model
+
+        def teacher(x):
+            with torch.no_grad():
+                return own(x)
+    objective = consistency_objective if args.objective == "consistency" else kd_objective
+    loss_fn, formula = objective(args, teacher)
+    announce(job, f"student, {args.objective}", formula)
+    before = time.perf_counter()
+    if path:
+        report_teacher(teacher, job, path)
+    return run(job, loss_fn, average, teacher_seconds=time.perf_counter() - before)
+
+
+if __name__ == "__main__":
+    main()

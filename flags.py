@@ -1,0 +1,299 @@
+"""Recipes and flags: every default, its unit and its reason. No torch, so that it loads at once.
+
+    python common.py --recipes                 the recipes as a table
+
+A recipe sets the defaults, a typed flag wins, and nothing is written back.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
+
+# ---- recipes: what differs from DEFAULTS, and why --------------------------------------------
+
+DEFAULTS = dict(
+    dataset="digits", data_dir="data", image_size=32, fit="resize", labels=None, val_fraction=0.1,
+    init="he", pool="max", activation="relu", norm="none",
+    epochs=20, batch_size=128,
+    lr=1e-3,              # per step of AdamW, the peak of one cycle
+    weight_decay=0.05,    # AdamW's, on weights of two or more dimensions
+    optimizer="adamw", schedule="onecycle",
+    clip=1.0,             # norm of the whole gradient: one bad batch cannot undo an epoch
+    augment="flip-crop", views=0, ema_decay=0.0, seed=0,
+    device="auto", precision="auto", compile=False, deterministic=False,
+    results_dir="results", run=None, resume=False, overwrite=False, dry_run=False,
+    objective="kd", teacher=None,
+    temperature=4.0,      # within the 2.5 to 4 that Hinton et al. 2015 (section 3) found best for
+                          # small students
+    alpha=0.9,            # most of the weight on the teacher: its targets already hold the labels
+    class_weight=0.5, class_cost="ce", ramp_up=5,
+)
+# Top level: both networks. "teacher", "student": one of them. "kd", "consistency": the student
+# under that objective.
+RECIPES = {
+    "digits": dict(
+        augment="crop",   # a mirrored digit is no digit
+        teacher=dict(arch="digits-teacher"), student=dict(arch="digits-student"),
+        consistency=dict(ema_decay=0.99)),
+    "cifar10-he-max": dict(                # report 002
+        dataset="folder", data_dir="data/cifar10",
+        teacher=dict(arch="cifar10-he-max-teacher"),
+        student=dict(arch="cifar10-he-max-student", lr=2e-3),   # shallow: takes larger steps
+        consistency=dict(ema_decay=0.99)),
+}
+
+
+def settings(recipe, role):
+    """Return every flag's value in a recipe; role: teacher, student, or an objective."""
+    values, chosen = dict(DEFAULTS), RECIPES[recipe]
+    values.update((k, v) for k, v in chosen.items() if not isinstance(v, dict))
+    parts = {"teacher": ["teacher"], "student": ["student"], "kd-only": ["student", "kd"]}
+    for part in parts.get(role, ["student", role]):
+        values.update(chosen.get(part, {}))
+    if role == "kd-only":
+        values["alpha"] = 1.0       # no label is read
+    return values
+
+
+# ---- flags ------------------------------------------------------------------------------------
+
+def fail(message, code=2):
+    """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
+    print("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line on an error, no abbreviations, and the docstring as it stands."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, usage="%(prog)s [--flag value ...]",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        fail(f"{message}; see {self.prog} --help")
+
+
+def number(kind, low, high, low_open=False, high_open=False, also=None):
+    """Return an argparse type: a finite int or float between the bounds, or a word in `also`."""
+    left, right = "above" if low_open else "from", "below" if high_open else "to"
+    allowed = f"{'a whole number' if kind is int else 'a number'} {left} {low:g}" + (
+        "" if high == math.inf else f" {right} {high}")
+
+    def convert(text):
+        if also and text in also:
+            return also[text]
+        try:
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value) and not (
+                    low_open and value == low or high_open and value == high):
+                return value
+        except ValueError:
+            pass
+        words = "".join(f", or {word}" for word in also or ())
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}{words}")
+    return convert
+
+
+on_off = dict(action=argparse.BooleanOptionalAction)
+FLAGS = {
+    "data": {
+        "dataset": dict(help="images to learn from"),
+        "data-dir": dict(metavar="DIR", help="where they lie, or will lie"),
+        "image-size": dict(type=number(int, 1, 4096), metavar="N", help="side in pixels (folder)"),
+        "fit": dict(help="how an image gets that size (folder)"),
+        "labels": dict(type=number(int, 1, 10**9, also={"all": None}), metavar="N",
+                       help="labels kept, the same number in each class, or all"),
+        "val-fraction": dict(type=number(float, 0, 1, high_open=True), metavar="F",
+                             help="share of train held out to choose the best epoch"),
+        "augment": dict(help="random views of an image"),
+        "views": dict(type=number(int, 0, 10**6), metavar="V",
+                      help="epoch e uses view e mod V; 0: a fresh one each epoch"),
+    },
+    "network": {
+        "arch": dict(metavar="NAME", help="network, a key of models.ARCHITECTURES"),
+        "init": dict(help="initial weights"),
+        "pool": dict(help="pooling"),
+        "activation": dict(help="after each conv and hidden layer"),
+        "norm": dict(help="after each conv"),
+    },
+    "training": {
+        "epochs": dict(type=number(int, 1, 100_000), metavar="N", help="passes over the images"),
+        "batch-size": dict(type=number(int, 1, 10**6), metavar="N", help="images a step"),
+        "lr": dict(type=number(float, 0, math.inf, low_open=True), help="peak learning rate"),
+        "weight-decay": dict(type=number(float, 0, math.inf), metavar="W", help="of the weights"),
+        "optimizer": dict(choices=["adamw", "adam", "sgd"], help="sgd: momentum 0.9, Nesterov"),
+        "schedule": dict(choices=["onecycle", "cosine", "constant"], help="of the learning rate"),
+        "clip": dict(type=number(float, 0, math.inf), metavar="C",
+                     help="largest norm of the gradient; 0: off"),
+        "ema-decay": dict(type=number(float, 0, 1, high_open=True), metavar="D",
+                          help="decay of the average of the weights; 0: no average"),
+        "seed": dict(type=number(int, 0, 2**32 - 1), metavar="S", help="of all that is random"),
+    },
+    "distillation": {
+        "objective": dict(choices=["kd", "kd-only", "consistency"],
+                          help="kd: teacher and labels; kd-only: teacher; consistency: two views"),
+        "teacher": dict(metavar="ema|FILE",
+                        help="the student's own average, or a best.pt; default: the recipe's "
+                             "teacher of the same seed, for consistency ema"),
+        "temperature": dict(type=number(float, 0, math.inf, low_open=True), metavar="T",
+                            help="softens both sides of kd"),
+        "alpha": dict(type=number(float, 0, 1), help="weight of the teacher; the labels get the "
+                                                     "rest"),
+        "class-weight": dict(type=number(float, 0, 1), metavar="λ",
+                             help="weight of the labels in consistency"),
+        "class-cost": dict(choices=["bce", "ce"], help="cost on the labels in consistency"),
+        "ramp-up": dict(type=number(int, 0, 100_000), metavar="N",
+                        help="epochs over which the consistency term grows to its weight"),
+    },
+    "run": {
+        "device": dict(choices=["auto", "cpu", "cuda", "mps"], help="where to compute"),
+        "precision": dict(choices=["auto", "fp32", "bf16"],
+                          help="auto: bf16 where the hardware multiplies it natively"),
+        "compile": dict(**on_off, help="torch.compile"),
+        "deterministic": dict(**on_off, help="only deterministic kernels on a GPU"),
+        "results-dir": dict(metavar="DIR", help="run folders are DIR/<recipe>/<run>"),
+        "run": dict(metavar="NAME", help="name of the run's folder; default: <what>-s<seed>"),
+        "resume": dict(**on_off, help="go on from the last finished epoch, if there is one"),
+        "overwrite": dict(**on_off, help="throw an earlier run of this name away"),
+        "dry-run": dict(**on_off, help="check everything, print it, make nothing"),
+    },
+}
+
+
+def parse(doc, role, choices, argv=None, groups=("data", "network", "training", "run"), own=None):
+    """Return the flags as a Namespace; the recipe's values are the defaults, a typed flag wins.
+
+    role: of settings(), or a function from --objective to one. choices: flag -> names allowed, from
+    the registries of models and data. groups: of FLAGS. own: flags of this script alone.
+    """
+    if argv is None:     # inside a notebook, sys.argv is the kernel's and not ours
+        argv = [] if "ipykernel" in Path(sys.argv[0]).name else sys.argv[1:]
+    argv = [str(word) for word in argv]
+    first = Parser(add_help=False)
+    first.add_argument("--recipe", default="digits")
+    first.add_argument("--objective", default="kd")
+    early = first.parse_known_args(argv)[0]
+    recipe = early.recipe if early.recipe in RECIPES else "digits"
+    defaults = settings(recipe, role(early.objective) if callable(role) else role)
+    defaults |= dict(objective=early.objective) if callable(role) else {}
+
+    parser = Parser(description=doc)
+    parser.add_argument("--recipe", choices=RECIPES, default="digits",
+                        help=f"sets the defaults of the flags below, shown for {recipe}")
+    for group in (*groups, *([own] if own else ())):
+        title, specs = (group, FLAGS[group]) if isinstance(group, str) else ("this script", group)
+        section = parser.add_argument_group(title)
+        for flag, spec in specs.items():
+            default = defaults.get(flag.replace("-", "_"))
+            shown = "" if default is None or isinstance(default, bool) else f" ({default})"
+            if flag in choices and "metavar" not in spec:
+                spec = dict(spec, choices=list(choices[flag]))
+            spec = dict(spec, help=spec["help"] + shown)
+            section.add_argument("--" + flag, default=default, **spec)
+    args = parser.parse_args(argv)
+    if "arch" in vars(args) and args.arch not in choices["arch"]:
+        parser.error(f"argument --arch: unknown network {args.arch!r} "
+                     f"(choose from {', '.join(choices['arch'])})")
+    return args
+
+
+def recipes_table():
+    """Return the recipes as text: a column each, a row for every value that differs."""
+    roles = ("teacher", "student", "kd", "consistency")
+    lines = []
+    for recipe, chosen in RECIPES.items():
+        lines.append(recipe)
+        shared = {k: v for k, v in chosen.items() if not isinstance(v, dict)}
+        for part, values in (("both", shared), *((role, chosen.get(role, {})) for role in roles)):
+            if values:
+                lines.append(f"  {part:<12}" + "  ".join(f"{k}={v}" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+# ---- run folders ------------------------------------------------------------------------------
+
+# What may differ between two calls for the same run: where things lie, and what to do about it.
+FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "teacher"}
+RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json", "curves.png")
+
+
+def write_whole(path, data):
+    """Write bytes so that the file is either as it was or whole: aside, synced, then moved."""
+    aside = path.with_name(f".{path.name}.part")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path):
+    """Return a JSON file's dict; one line naming the file where it is cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        fail(f"{path}: cannot be read ({error}); remove its folder, or add --overwrite")
+
+
+def make_config(args, script, versions, **known):
+    """Return what config.json holds: every resolved flag, and what else the result depends on."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                            capture_output=True).stdout.strip() if shutil.which("git") else ""
+    return {"schema": SCHEMA, "script": script, **vars(args), **known, "versions": versions,
+            "git_commit": commit or None}
+
+
+def open_run(args, config, name):
+    """Return (folder, final): final is the dict of a finished run that is the one asked for.
+
+    Nothing is made yet. A finished run that differs, an unfinished one without --resume or
+    --overwrite, or a resumed one with other settings ends with one line naming what differs.
+    """
+    name = args.run or name
+    if not name.strip(".") or set(name) & set("/\\\0\n"):
+        fail(f"--run {name!r}: a plain folder name is needed, without slashes")
+    folder = Path(args.results_dir) / args.recipe / name
+    if args.overwrite or not folder.exists():
+        return folder, None
+    if not folder.is_dir():
+        fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
+    ways = "add --overwrite to run it again, or --run NAME to keep both"
+    finished = (folder / "final.json").exists()
+    if (folder / "config.json").exists():
+        had = read_json(folder / "config.json")
+        if had.get("schema") != SCHEMA:
+            fail(f"{folder}: written by another version of these scripts "
+                 f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
+        skip = FREE | {"versions", "git_commit", "schema"}
+        now = json.loads(json.dumps(config))
+        differs = [f"{key} {had.get(key)} (asked for: {now.get(key)})"
+                   for key in now.keys() | had.keys() - skip
+                   if key not in skip and had.get(key) != now.get(key)]
+        if differs:
+            what = "finished" if finished else "begun"
+            fail(f"{folder}: {what} with other settings: {', '.join(sorted(differs))}; {ways}")
+    elif finished:
+        fail(f"{folder}: final.json without config.json; {ways}")
+    if finished:
+        print(f"{folder}: finished already, kept")
+        return folder, read_json(folder / "final.json")
+    if not args.resume and any(folder.iterdir()):
+        fail(f"{folder}: an unfinished run; add --resume to go on from its last finished epoch, "
+             "or --overwrite to start again")
+    return folder, None
+
+
+def begin_run(args, folder, config):
+    """Make the run's folder with its config.json; with --overwrite, the old files go first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for file in RUN_FILES:
+            (folder / file).unlink(missing_ok=True)
+    write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")

@@ -1,0 +1,118 @@
+"""Train the student alone, on the labels: what distillation has to beat.
+
+    python train_student.py                                       the embedded digits, in seconds
+    python train_student.py --recipe digits --init xavier --pool avg --epochs 3
+    python train_student.py --recipe cifar10-he-max --data-dir data/cifar10
+    python train_student.py --ema-decay 0.99                      with an average, only evaluated
+"""
+import platform
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import common
+import data
+import flags
+import look
+import models
+
+CHOICES = models.CHOICES | data.CHOICES
+LOSS = "mean over the batch of −log softmax(student)[label]"
+
+
+def hard_loss(model, batch):
+    """Return cross-entropy with the labels, mean over the batch, and the logits (B, classes)."""
+    logits = model(batch.x)
+    return F.cross_entropy(logits.float(), batch.y), logits
+
+
+def versions():
+    """Return the versions and the device that config.json names."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                system=platform.system(), device=name, threads=torch.get_num_threads())
+
+
+def prepare(args, script, name, started, pair=False, labelled_only=True, **known):
+    """Load the data, build the network from its seed, find the run's folder; make nothing yet.
+
+    Returns a namespace: args (device and precision resolved), device, splits, model, folder,
+    final (of a finished run, else None), config, and what fit() wants of them.
+    """
+    args, device = common.set_up(args)
+    splits = data.load(args.dataset, args.data_dir, args.labels, args.val_fraction, args.seed,
+                       args.image_size, args.fit)
+    shape = (3, *splits.train.images.shape[1:3])
+    torch.manual_seed(common.seed_for(args.seed, "weights"))
+    build = dict(arch=args.arch, num_classes=len(splits.classes), image_shape=shape, init=args.init,
+                 pool=args.pool, activation=args.activation, norm=args.norm)
+    model = models.build(**build)
+    config = flags.make_config(args, script, versions(), data_key=splits.key, **known)
+    folder, final = flags.open_run(args, config, name)
+    facts = dict(script=script, parameters=models.count_parameters(model),
+                 macs=models.count_macs(model, shape))
+    model = model.to(device, memory_format=torch.channels_last)
+    card = dict(schema=flags.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
+                std=splits.std, fit=args.fit, recipe=args.recipe)
+
+    def batches(split, size, **options):
+        return data.Batches(split, splits.mean, splits.std, size, device, **options)
+
+    train = batches(splits.train, args.batch_size, augment=args.augment, views=args.views,
+                    seed=args.seed, pair=pair, labelled_only=labelled_only)
+    val, test = (batches(split, 500) for split in (splits.val, splits.test))
+    return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
+                           final=final, config=config, facts=facts, card=card, started=started,
+                           batches=(train, val, test))
+
+
+def announce(job, what, loss):
+    """Print what the run will do, before it does it."""
+    args, (train, val, test), say = job.args, job.batches, common.say
+    say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
+        f"{job.facts['macs']:,} multiply-adds")
+    unlabelled = f" ({len(train.unlabelled)} unlabelled)" if len(train.unlabelled) else ""
+    count = len(train.labelled) + len(train.unlabelled)
+    say(f"  data   {args.dataset}: {count} train{unlabelled}, {len(val)} validation, "
+        f"{len(test)} test; {len(job.splits.classes)} classes")
+    say(f"  loss   {loss}")
+    say(f"  steps  {args.epochs} epochs of {train.steps()}, batch {args.batch_size}; "
+        f"{args.optimizer}, {args.schedule}, lr {args.lr:g}")
+    if args.ema_decay:
+        first, steps = common.ema_reached(args.ema_decay), args.epochs * train.steps()
+        never = "" if first < steps else f", never: the run has {steps}; lower --ema-decay"
+        say(f"  ema    decay {args.ema_decay:g}, reached at update {first}{never}")
+    say(f"  on     {args.device}, {args.precision}; {args.init} init, {args.pool} pool, seed "
+        f"{args.seed}; into {job.folder}")
+
+
+def run(job, loss_fn, average=None, teacher_seconds=0.0):
+    """Make the folder and train; return the final dict. With --dry-run make nothing."""
+    if job.args.dry_run:
+        common.say("dry run: all of the above was checked, nothing was made")
+        return job.config
+    flags.begin_run(job.args, job.folder, job.config)
+    if job.args.compile:
+        job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
+    job.facts["setup_seconds"] = time.perf_counter() - job.started - teacher_seconds
+    job.facts["teacher_seconds"] = teacher_seconds
+    return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card, job.facts,
+                      average, look.draw_curves)
+
+
+def main(argv=None, role="student", doc=__doc__):
+    started = time.perf_counter()
+    args = flags.parse(doc, role, CHOICES, argv)
+    job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started)
+    if job.final:
+        return job.final
+    announce(job, f"{role} alone", LOSS.replace("student", role))
+    average = common.make_average(job.model) if job.args.ema_decay else None
+    return run(job, hard_loss, average)
+
+
+if __name__ == "__main__":
+    main()
