@@ -3,10 +3,9 @@
     python common.py --recipes                 the recipes as a table
 
 A training script hands fit() a model, batches, and one function, loss_fn(model, batch) ->
-(loss, logits); all the rest of a run is here. Recipes and flags are in flags.py.
+(loss, logits); the rest is here. Recipes and flags are in flags.py, run folders in runs.py.
 """
 import copy
-import csv
 import io
 import json
 import math
@@ -21,15 +20,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from flags import (  # noqa: F401  (RECIPES and settings are looked for here)
-    RECIPES,
-    SCHEMA,
-    Parser,
-    fail,
-    recipes_table,
-    settings,
-    write_whole,
-)
+from flags import RECIPES, Parser, fail, recipes_table
+from runs import SCHEMA, VALIDATED, best_epoch, epoch_line, write_history, write_whole
 
 # ---- device, precision, seeds -----------------------------------------------------------------
 
@@ -264,20 +256,11 @@ def warn_unless_learning(history, epochs, limit, classes):
         return
     loss = history[-1]["train_loss"]
     floor = math.log(classes)
-    at_chance = (f"; the loss sits at ln({classes}) = {floor:.3f}, what a network scores that tells "
-                 "nothing apart") if abs(loss / floor - 1) < 0.02 else ""
+    at_chance = (f"; the loss sits at ln({classes}) = {floor:.3f}, what a network scores that "
+                 "tells nothing apart") if abs(loss / floor - 1) < 0.02 else ""
     say(f"warning: nothing learned in {len(history)} epochs: validation accuracy is not above "
         f"chance{at_chance}. Usual causes: an init without the ReLU gain (--init he), a learning "
         "rate too high or too low (--lr), dead ReLUs, labels that do not belong to the images.")
-
-
-VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
-
-
-def best_epoch(history, name):
-    """Return a network's first epoch of highest validation accuracy; without any, the last."""
-    values = [row[VALIDATED[name] + "_accuracy"] for row in history]
-    return len(values) if None in values else values.index(max(values)) + 1
 
 
 def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=None):
@@ -357,11 +340,7 @@ def save_epoch(folder, card, history, best, networks, optimizer):
         save_checkpoint(folder / "best.pt", card | dict(
             model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
             ema_epoch=epochs.get("ema")))
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, history[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    write_whole(folder / "metrics.csv", text.getvalue().encode())
+    write_history(folder / "metrics.csv", history)
     states = {name: network.state_dict() for name, network in networks.items()}
     save_checkpoint(folder / "checkpoint.pt", dict(
         schema=SCHEMA, history=history, networks=states, optimizer=optimizer.state_dict()))
@@ -382,7 +361,8 @@ def restore(folder, networks, optimizer):
 def score(args, folder, networks, best, history, test, facts, limit):
     """Score the test split, once, with the last and the best weights; return the final dict."""
     started = time.perf_counter()
-    last = evaluate(networks["model"], test, args.precision)["accuracy"]
+    last = {name: evaluate(network, test, args.precision)["accuracy"]
+            for name, network in networks.items()}
     first = {name: best_epoch(history, name) for name in networks}
     val = {name: history[first[name] - 1][VALIDATED[name] + "_accuracy"] for name in networks}
     tested = {}
@@ -399,7 +379,7 @@ def score(args, folder, networks, best, history, test, facts, limit):
         ema_best_epoch=first.get("ema"), val_accuracy=val["model"],
         test_accuracy=tested["model"]["accuracy"], test_loss=tested["model"]["loss"],
         ema_val_accuracy=val.get("ema"), ema_test_accuracy=ema.get("accuracy"),
-        last_test_accuracy=last, learned=known > limit, seconds=seconds,
+        last_test_accuracy=last["model"], ema_last_test_accuracy=last.get("ema"), learned=known > limit, seconds=seconds,
         images_per_second=float(np.median(speeds[1:] or speeds)),
         peak_memory_bytes=peak_memory(), device=args.device, precision=args.precision,
         torch=torch.__version__)
@@ -409,18 +389,6 @@ def score(args, folder, networks, best, history, test, facts, limit):
     if not final["learned"]:
         say("warning: this network learned nothing; the report will draw no conclusion from it")
     return final
-
-
-def epoch_line(row, epochs):
-    """Return what happened in an epoch, in at most 80 columns."""
-    def score(name, title):
-        value = row[name + "_accuracy"]
-        return "" if value is None else f"  {title} {100 * value:5.2f} %"
-
-    width = len(str(epochs))
-    return (f"epoch {row['epoch']:{width}}/{epochs}  loss {row['train_loss']:.4f}"
-            f"{score('train', 'train')}{score('val', 'val')}{score('ema_val', 'ema')}"
-            f"  {row['seconds']:.1f} s")
 
 
 def peak_memory():

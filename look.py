@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from flags import write_whole
+from runs import write_whole
 
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
 # paper), each with its own line style, so that a print in grey can still be read.
@@ -59,7 +59,8 @@ def draw_curves(history_rows, path, title="", chance=None):
                 axes.plot(epochs, values, color=colour, linestyle=line, label=meaning,
                           linewidth=1.8, **_dots(epochs))
         _epoch_axis(axes)
-    _plain(loss_axes, "loss")
+    # The training loss is the run's own objective, which need not be on the same scale.
+    _plain(loss_axes, "loss (validation: cross-entropy)")
     _percent_axis(accuracy_axes, "accuracy (%)", chance)
     handles, labels = accuracy_axes.get_legend_handles_labels()
     if handles:
@@ -94,7 +95,7 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     _epoch_axis(panels["accuracy"])
     _epoch_axis(panels["loss"])
     _percent_axis(panels["accuracy"], "validation accuracy (%)\nthin, faint: training", chance)
-    _plain(panels["loss"], "validation loss")
+    _plain(panels["loss"], "validation loss\n(cross-entropy)")
     if highest:  # a first epoch far above the rest must not flatten every later difference
         late = max(value for values in highest for value in values[len(values) // 5:])
         if max(map(max, highest)) > 3 * late:
@@ -195,9 +196,10 @@ def _percent_axis(axes, label, chance):
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     if chance is not None:
         axes.axhline(100 * chance, color="#555555", linestyle=":", linewidth=1.2)
+        below = 100 * chance > 0.08 * axes.get_ylim()[1]  # where no curve should be
         axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"),
-                      xytext=(-2, 3), textcoords="offset points", ha="right", fontsize=TEXT - 1,
-                      color="#555555")
+                      xytext=(-2, -3 if below else 3), textcoords="offset points", ha="right",
+                      va="top" if below else "bottom", fontsize=TEXT - 1, color="#555555")
 
 
 def _save(figure, path):

@@ -18,6 +18,7 @@ import data
 import flags
 import look
 import models
+import runs
 
 CHOICES = models.CHOICES | data.CHOICES
 LOSS = "mean over the batch of −log softmax(student)[label]"
@@ -50,12 +51,13 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, **known
     build = dict(arch=args.arch, num_classes=len(splits.classes), image_shape=shape, init=args.init,
                  pool=args.pool, activation=args.activation, norm=args.norm)
     model = models.build(**build)
-    config = flags.make_config(args, script, versions(), data_key=splits.key, **known)
-    folder, final = flags.open_run(args, config, name)
+    config = runs.make_config(args, script, versions(), data_key=splits.key,
+                              classes=len(splits.classes), **known)
+    folder, final = runs.open_run(args, config, name)
     facts = dict(script=script, parameters=models.count_parameters(model),
                  macs=models.count_macs(model, shape))
     model = model.to(device, memory_format=torch.channels_last)
-    card = dict(schema=flags.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
+    card = dict(schema=runs.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
                 std=splits.std, fit=args.fit, recipe=args.recipe)
 
     def batches(split, size, **options):
@@ -94,7 +96,7 @@ def run(job, loss_fn, average=None, teacher_seconds=0.0):
     if job.args.dry_run:
         common.say("dry run: all of the above was checked, nothing was made")
         return job.config
-    flags.begin_run(job.args, job.folder, job.config)
+    runs.begin_run(job.args, job.folder, job.config)
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - teacher_seconds

@@ -1,0 +1,315 @@
+"""What the finished runs of a recipe say: a table, verdicts and one picture.
+
+    python report.py --recipe digits            # report.md, report.json, comparison.png
+    python report.py publish --recipe digits    # the same, and the small files into published/
+    python report.py readme                     # fill the README's tables from published/
+    python report.py readme --check             # exit code 1 if the README is stale
+"""
+
+import json
+import re
+import shlex
+import shutil
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+from flags import RECIPES, Parser, fail, settings, words
+from look import MOST_BYTES, draw_comparison
+from runs import ROWS, add_gaps, compare, group_runs, label, make_rows, read_runs, write_whole
+
+SETTINGS = {  # said under a table -> key in config.json or final.json
+    "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
+    "batch": "batch_size", "learning rate": "lr", "seeds": "seed", "torch": "torch",
+    "commit": "git_commit",
+}
+MATTERS = {  # the same; runs that differ in one of these are compared with a warning
+    "device": "device", "precision": "precision", "epochs": "epochs", "data": "data_key",
+    "labels": "labels", "augmentation": "augment", "views": "views",
+}
+COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
+    "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
+    "validation %": "val %", "test %": "test %", "test %, last epoch": None, "gap": "gap",
+    "seconds": "sec",
+}
+COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict",
+            "last epoch: points [95 %]", "verdict")
+CLASSES = {"digits": 10, "cifar10": 10, "svhn": 10, "tinyimagenet": 200}
+SCHEMA = 1  # of report.json
+MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
+MARKER = re.compile(r"<!--\s*(?:([\w-]+):([\w.-]+)|/([\w-]+))\s*-->")
+PUBLISHED = ("config.json", "metrics.csv", "final.json", "curves.png")  # of a run: no weights
+
+
+# ---------------------------------------------------------------- the report
+
+def build(recipe, results_dir="results"):
+    """A recipe's finished runs, read and compared: (the report as a dict, the runs)."""
+    folder = Path(results_dir) / recipe
+    runs, unfinished = read_runs(folder)
+    if not runs:
+        there = f" (unfinished: {', '.join(unfinished)})" if unfinished else ""
+        fail(f"no finished run below {folder}{there}: train the teacher with "
+             f"`{_command('teacher', recipe, results_dir, {})}`, or every run with "
+             f"`make all RECIPE={recipe}`")
+    groups = group_runs(runs)
+    rows = make_rows(groups)
+    made = {name: _spread(groups, key) for name, key in SETTINGS.items()}
+    config = runs[0]["config"]
+    notes = _notes(groups, rows, made, add_gaps(rows))
+    for role in ("teacher", "student"):
+        if role not in rows:
+            notes.append(f"Missing: the {label(role)}. "
+                         f"`{_command(role, recipe, results_dir, config)}` makes it.")
+    if unfinished:
+        notes.append(f"Unfinished, not shown: {', '.join(unfinished)}.")
+    classes = config.get("classes") or CLASSES.get(config.get("dataset"))
+    classes = len(classes) if isinstance(classes, list) else classes
+    return {"schema": SCHEMA, "recipe": recipe, "settings": made, "rows": list(rows.values()),
+            "comparisons": compare(rows), "notes": notes, "unfinished": unfinished,
+            "chance": 1 / classes if classes else None}, runs
+
+
+def _command(role, recipe, results_dir, config):
+    """The command that trains the teacher or the student, on the data of a run that is there."""
+    words = ["python", f"train_{role}.py", "--recipe", recipe]
+    default = {**settings(recipe, role), "results_dir": "results"}
+    for key, value in {**config, "results_dir": results_dir}.items():
+        if key in ("dataset", "data_dir", "seed", "results_dir") and value != default[key]:
+            words += ["--" + key.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
+def _spread(groups, key):
+    """What the runs have for one setting, in words: "8", or "8, but 10 (teacher)"."""
+    owners = {}
+    for group, members in groups.items():
+        for run in members.values():
+            value = {**run["config"], **run["final"]}.get(key)
+            if value is None:
+                value = "all" if key == "labels" else "unknown"
+            # Twelve characters are enough of a hash, and all of any other setting.
+            text = f"{value:g}" if isinstance(value, float) else str(value)[:12]
+            owners.setdefault(text, Counter())[label(group)] += 1
+    if key == "seed":
+        return ", ".join(sorted(owners, key=int))
+    common, *others = sorted(owners, key=lambda text: -owners[text].total())
+    return ", but ".join([common] + [f"{text} ({', '.join(owners[text])})" for text in others])
+
+
+def _notes(groups, rows, made, no_gap):
+    """The lines under a table: settings, what is doubtful, which epoch counts."""
+    doubtful = [run["name"] for members in groups.values() for run in members.values()
+                if not run["final"]["learned"]]
+    differ = {name: _spread(groups, key) for name, key in MATTERS.items()}
+    differ = "; ".join(f"{name} {text}" for name, text in differ.items() if ", but " in text)
+    line = "; ".join(f"{name} {text}" for name, text in made.items())
+    notes = (
+        (True, f"{line[0].upper()}{line[1:]}."),
+        (doubtful, f"{MARK} No conclusion from {', '.join(doubtful)}: learned nothing, accuracy "
+                   "not above chance."),
+        (differ, f"The runs differ in what matters: {differ}."),
+        (True, "Accuracies are of the best validation epoch; test was scored once."),
+        (any(row["val_accuracy"]["mean"] is None for row in rows.values()),
+         "Without validation images (-) the last epoch counts as the best."),
+        (any(len(row["seeds"]) > 1 for row in rows.values()),
+         "Figures are mean ± sample standard deviation over n seeds."),
+        (no_gap, f"No gap is shown: {no_gap}."),
+        (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy "
+                     "(-: not learned, or no seed in common)."))
+    return [note for applies, note in notes if applies]
+
+
+# ---------------------------------------------------------------- words
+
+def _percent(figure):
+    if figure["mean"] is None:
+        return "-"
+    spread = "" if figure["sd"] is None else f" ±{100 * figure['sd']:.2f}"
+    return f"{100 * figure['mean']:.2f}{spread}"
+
+
+def _count(figure):
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if figure["mean"] >= size:
+            return f"{figure['mean'] / size:.3g} {unit}"
+    return f"{figure['mean']:.0f}"
+
+
+def _points(entry):
+    """A difference in words: "+1.20 [+0.31, +2.09]"; none that begs for a conclusion."""
+    if entry["mean"] is None or entry["verdict"] == "no conclusion":
+        return "-"
+    bounds = "one seed: no interval" if entry["low"] is None else (
+        f"{entry['low']:+.2f}, {entry['high']:+.2f}")
+    return f"{entry['mean']:+.2f} [{bounds}]"
+
+
+def _cells(row):
+    """What a table shows of a row, in the order of COLUMNS."""
+    return [row["label"] + ("" if row["learned"] else f" {MARK}"), str(len(row["seeds"])),
+            _count(row["parameters"]), _count(row["macs"]), f"{row['epochs']['mean']:g}",
+            _percent(row["val_accuracy"]), _percent(row["test_accuracy"]),
+            _percent(row["last_test_accuracy"]),
+            "-" if row["gap"] is None else f"{100 * row['gap']:.0f} %",
+            f"{row['seconds']['mean']:.{0 if row['seconds']['mean'] >= 10 else 1}f}"]
+
+
+def _pipes(header, lines):
+    """A Markdown table; first column to the left, the others to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+                     for line in lines)
+
+
+def _aligned(lines, width=80):
+    """A table for the terminal: columns as narrow as they can be, names cut to fit the width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    space = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    widths[0] = min(widths[0], width - sum(widths[1:]) - space * (len(widths) - 1))
+    return "\n".join((" " * space).join(
+        [line[0][:widths[0]].ljust(widths[0])]
+        + [cell.rjust(wide) for cell, wide in zip(line[1:], widths[1:], strict=True)])
+        for line in lines)
+
+
+def markdown_table(report):
+    """The rows of a report as Markdown, with settings and notes; also what the README shows."""
+    table = _pipes(COLUMNS, map(_cells, report["rows"]))
+    return table + "\n\n" + "<br>\n".join(report["notes"])
+
+
+def markdown_comparisons(report):
+    """The comparisons of a report as Markdown."""
+    return _pipes(COMPARED, [
+        [entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
+         entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
+        for entry in report["comparisons"]])
+
+
+BLOCKS = {"table": markdown_table, "comparisons": markdown_comparisons}  # markers of the README
+
+
+def markdown(report):
+    """report.md."""
+    keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]
+    return "\n\n".join([
+        f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
+        "## Comparisons", markdown_comparisons(report),
+        "Points of test accuracy, paired by seed, with the 95 % interval of Student's t. Where it "
+        "holds 0, and with one seed, the runs cannot tell.",
+        "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
+
+
+def terminal(report):
+    """What is printed: 80 columns, plain text."""
+    shown = [place for place, short in enumerate(COLUMNS.values()) if short]
+    lines = [list(COLUMNS.values()), *map(_cells, report["rows"])]
+    notes = [textwrap.fill(note, 80, break_on_hyphens=False, break_long_words=False)
+             for note in report["notes"]]
+    compared = [[entry["title"], _points(entry["best"]), str(entry["best"]["n"]),
+                 entry["best"]["verdict"]] for entry in report["comparisons"]]
+    blocks = [_aligned([[line[place] for place in shown] for line in lines]), "\n".join(notes)]
+    if compared:
+        blocks.append(_aligned([["points of test accuracy", "[95 %]", "n", "verdict"], *compared]))
+    return "\n\n".join(blocks)
+
+
+# ---------------------------------------------------------------- commands
+
+def write(flags):
+    """`report.py`: print the table, write report.md, report.json, comparison.png."""
+    report, runs = build(flags.recipe, flags.results_dir)
+    folder = Path(flags.results_dir) / flags.recipe
+    write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(folder / "report.md", markdown(report).encode())
+    picture = folder / "comparison.png"
+    draw_comparison(report["rows"], runs, picture, flags.recipe, report["chance"])
+    print(f"{terminal(report)}\n\nreport   {folder / 'report.md'}\npicture  {picture}")
+    return report
+
+
+def publish(flags):
+    """`report.py publish`: the report anew, then every small file into published/<recipe>/."""
+    report = write(flags)
+    source = Path(flags.results_dir) / flags.recipe
+    target = Path(flags.results_dir) / "published" / flags.recipe
+    names = sorted({name for row in report["rows"] for name in row["runs"]})
+    for file in ("report.md", "report.json", "comparison.png",
+                 *(f"{name}/{file}" for name in names for file in PUBLISHED)):
+        small = (source / file).exists() and (source / file).stat().st_size < MOST_BYTES
+        if small or not file.endswith("curves.png"):
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, target / file)
+    print(f"published in {target}")
+    for old in sorted(path.name for path in target.iterdir() if path.is_dir()):
+        if old not in names:
+            print(f"{target / old} is not among these runs: remove it if it should not stay")
+    return report
+
+
+def readme(flags):
+    """`report.py readme`: fill what stands between <!-- table:RECIPE --> and <!-- /table -->."""
+    path = Path(flags.readme)
+    old = path.read_text(encoding="utf-8")
+    pieces, end, opened = [], 0, None  # end: of what is in the pieces already
+    for mark in MARKER.finditer(old):
+        kind, recipe, closed = mark.groups()
+        if closed != opened:
+            wanted = f"<!-- /{opened} -->" if opened else "a marker that opens"
+            fail(f"{path}: {mark[0]} where {wanted} should be")
+        if not closed:
+            pieces += [old[end:mark.end()], "\n\n", _block(flags, kind, recipe), "\n\n"]
+        end, opened = mark.start(), kind
+    if opened:
+        fail(f"{path}: the last {opened} is not closed by <!-- /{opened} -->")
+    new = "".join([*pieces, old[end:]])
+    if new != old and flags.check:
+        fail(f"{path} is stale: run `python report.py readme`", code=1)
+    if new != old:
+        write_whole(path, new.encode())
+    return {"readme": str(path), "changed": new != old}
+
+
+def _block(flags, kind, recipe):
+    source = Path(flags.results_dir) / "published" / recipe / "report.json"
+    if kind not in BLOCKS:
+        fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
+    try:
+        return BLOCKS[kind](json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
+             f"`make publish RECIPE={recipe}` makes it")
+
+
+COMMANDS = {"report": write, "publish": publish, "readme": readme}
+
+
+def parse(command, argv):
+    """Flags of one command."""
+    parser = Parser(prog="report.py", description=__doc__)
+    parser.add_argument("--results-dir", default="results", metavar="DIR",
+                        help="run folders are DIR/<recipe>/<run> (%(default)s)")
+    if command == "readme":
+        parser.add_argument("--readme", default="README.md", metavar="FILE", help="(%(default)s)")
+        parser.add_argument("--check", action="store_true", help="exit 1 if stale; write nothing")
+    else:
+        parser.add_argument("--recipe", choices=RECIPES, default="digits",
+                            help="whose runs (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run one command; returns the report as a dict (readme: {"readme", "changed"})."""
+    argv = words(argv)
+    command, *rest = argv if argv and not argv[0].startswith("-") else ["report", *argv]
+    if command not in COMMANDS:
+        fail(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
+    try:
+        return COMMANDS[command](parse(command, rest))
+    except OSError as error:
+        fail(f"{error.filename or 'output'}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main()
