@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import runs
 from flags import RECIPES, Parser, fail, recipes_table
-from runs import SCHEMA, VALIDATED, best_epoch, epoch_line, write_history, write_whole
 
 # ---- device, precision, seeds -----------------------------------------------------------------
 
@@ -248,21 +248,6 @@ def chance(labels):
     return share + 3 * math.sqrt(share * (1 - share) / len(labels))
 
 
-def warn_unless_learning(history, epochs, limit, classes):
-    """After a third of the epochs, name the usual causes if validation is still at chance."""
-    if len(history) != max(1, math.ceil(epochs / 3)) or history[-1]["val_accuracy"] is None:
-        return
-    if max(row["val_accuracy"] for row in history) > limit:
-        return
-    loss = history[-1]["train_loss"]
-    floor = math.log(classes)
-    at_chance = (f"; the loss sits at ln({classes}) = {floor:.3f}, what a network scores that "
-                 "tells nothing apart") if abs(loss / floor - 1) < 0.02 else ""
-    say(f"warning: nothing learned in {len(history)} epochs: validation accuracy is not above "
-        f"chance{at_chance}. Usual causes: an init without the ReLU gain (--init he), a learning "
-        "rate too high or too low (--lr), dead ReLUs, labels that do not belong to the images.")
-
-
 def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=None):
     """Train a model for args.epochs epochs, or those that are left; return the run's final dict.
 
@@ -291,7 +276,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
         stop_unless_finite(losses, epoch, lr, folder)
 
         row = dict(epoch=epoch, train_loss=sum(losses) / steps, train_accuracy=hits / max(1, rows))
-        for name, column in VALIDATED.items():
+        for name, column in runs.VALIDATED.items():
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
@@ -300,16 +285,18 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
                     images_per_second=steps * train.step_size / trained)
         history.append(row)
         for name, network in networks.items():
-            if best_epoch(history, name) == epoch:
+            if runs.best_epoch(history, name) == epoch:
                 best[name] = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
         save_epoch(folder, card, history, best, networks, optimizer)
-        say(epoch_line(row, args.epochs))
-        warn_unless_learning(history, args.epochs, limit, len(card["classes"]))
+        say(runs.epoch_line(row, args.epochs))
+        warning = runs.learned_nothing(history, args.epochs, limit, len(card["classes"]))
+        if warning:
+            say(warning)
     bar.close()
     final = score(args, folder, networks, best, history, test, facts, limit)
     if draw:
         draw(history, folder / "curves.png")
-    write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
+    runs.write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
     return final
 
 
@@ -319,7 +306,7 @@ def save_checkpoint(path, state):
     """Write tensors and plain values so that the file is as it was or whole."""
     memory = io.BytesIO()
     torch.save(state, memory)
-    write_whole(Path(path), memory.getbuffer())
+    runs.write_whole(Path(path), memory.getbuffer())
 
 
 def load_checkpoint(path):
@@ -335,15 +322,15 @@ def load_checkpoint(path):
 
 def save_epoch(folder, card, history, best, networks, optimizer):
     """Write best.pt, metrics.csv, checkpoint.pt in this order: the last is the commit point."""
-    epochs = {name: best_epoch(history, name) for name in networks}
+    epochs = {name: runs.best_epoch(history, name) for name in networks}
     if len(history) in epochs.values():
         save_checkpoint(folder / "best.pt", card | dict(
             model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
             ema_epoch=epochs.get("ema")))
-    write_history(folder / "metrics.csv", history)
+    runs.write_history(folder / "metrics.csv", history)
     states = {name: network.state_dict() for name, network in networks.items()}
     save_checkpoint(folder / "checkpoint.pt", dict(
-        schema=SCHEMA, history=history, networks=states, optimizer=optimizer.state_dict()))
+        schema=runs.SCHEMA, history=history, networks=states, optimizer=optimizer.state_dict()))
 
 
 def restore(folder, networks, optimizer):
@@ -363,8 +350,8 @@ def score(args, folder, networks, best, history, test, facts, limit):
     started = time.perf_counter()
     last = {name: evaluate(network, test, args.precision)["accuracy"]
             for name, network in networks.items()}
-    first = {name: best_epoch(history, name) for name in networks}
-    val = {name: history[first[name] - 1][VALIDATED[name] + "_accuracy"] for name in networks}
+    first = {name: runs.best_epoch(history, name) for name in networks}
+    val = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in networks}
     tested = {}
     for name, network in networks.items():
         network.load_state_dict(best[name])
@@ -374,12 +361,13 @@ def score(args, folder, networks, best, history, test, facts, limit):
     seconds = (facts["setup_seconds"] + facts["teacher_seconds"]
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)
     final = dict(
-        schema=SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,
+        schema=runs.SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,
         arch=args.arch, epochs=args.epochs, best_epoch=first["model"],
         ema_best_epoch=first.get("ema"), val_accuracy=val["model"],
         test_accuracy=tested["model"]["accuracy"], test_loss=tested["model"]["loss"],
         ema_val_accuracy=val.get("ema"), ema_test_accuracy=ema.get("accuracy"),
-        last_test_accuracy=last["model"], ema_last_test_accuracy=last.get("ema"), learned=known > limit, seconds=seconds,
+        last_test_accuracy=last["model"],
+        ema_last_test_accuracy=last.get("ema"), learned=known > limit, seconds=seconds,
         images_per_second=float(np.median(speeds[1:] or speeds)),
         peak_memory_bytes=peak_memory(), device=args.device, precision=args.precision,
         torch=torch.__version__)

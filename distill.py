@@ -93,16 +93,6 @@ def find_teacher(args):
     return path
 
 
-def load_network(path):
-    """Return (network, card) of a best.pt, in eval mode, taking no gradient."""
-    card = common.load_checkpoint(path)
-    if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
-        flags.fail(f"{path}: not a best.pt of these scripts: it does not say how to build the net")
-    network = models.build(**card["build"])
-    network.load_state_dict(card["model"])
-    return network.eval().requires_grad_(False), card
-
-
 def weights_sha256(state):
     """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
     digest = hashlib.sha256()
@@ -194,7 +184,7 @@ def main(argv=None):
         flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
                    "alpha is 1; use --objective kd")
     path = find_teacher(args)
-    network, card = load_network(path) if path else (None, None)
+    network, card = models.load(path) if path else (None, None)
     sha256 = weights_sha256(card["model"]) if path else None
     job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
                   pair=args.objective == "consistency", teacher_sha256=sha256)

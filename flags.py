@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with one line on an error, no abbreviations, and the docstring as it stands."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, usage="%(prog)s [--flag value ...]",
+        options = dict(usage="%(prog)s [--flag value ...]") | options
+        super().__init__(allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):

@@ -1,4 +1,7 @@
-"""Pictures: the curves of one run, all runs of a recipe side by side.
+"""Pictures of runs, and predictions for pictures of one's own.
+
+    python look.py predict results/digits/kd-s0 photo.png another.jpg
+    python look.py predict --average results/digits/mean-teacher-s0 photo.png
 
 Figures are made without pyplot: no window, no global state, nothing to close.
 """
@@ -12,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from flags import Parser, fail, words
 from runs import write_whole
 
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
@@ -211,3 +215,51 @@ def _save(figure, path):
         if small.tell() < MOST_BYTES:
             break
     write_whole(Path(path), small.getvalue())
+
+
+# ---- predictions ------------------------------------------------------------------------------
+
+def predict(run, images, average=False, top=3):
+    """Classify image files with a run's best.pt; nothing else of the project's data is needed.
+
+    run: the run's folder or its best.pt; images: paths, of any size and mode. Returns a list of
+    {"image", "class", "probability", "top": [(class, probability), …]}.
+    """
+    import torch  # not at the top: the report draws without it
+
+    import models
+    import readers
+    path = Path(run)
+    network, card = models.load(path / "best.pt" if path.is_dir() else path, average)
+    size, found = card["build"]["image_shape"][1], []
+    for image in images:
+        try:
+            pixels = readers.read_image(Path(image), size, card["fit"])
+        except ValueError as error:
+            fail(error)
+        x = torch.tensor(pixels).float() / 255                          # (H, W, 3)
+        x = (x - torch.tensor(card["mean"])) / torch.tensor(card["std"])
+        shares = network(x.permute(2, 0, 1)[None].float()).softmax(1)[0]
+        best = shares.argsort(descending=True)[:top].tolist()
+        likely = [(card["classes"][i], float(shares[i])) for i in best]
+        found.append({"image": str(image), "class": likely[0][0], "probability": likely[0][1],
+                      "top": likely})
+    return found
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, usage="%(prog)s predict [--average] RUN IMAGE [IMAGE ...]")
+    parser.add_argument("command", choices=["predict"], help="classify pictures")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or a best.pt")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="any image that PIL reads")
+    parser.add_argument("--average", action="store_true", help="use the average of the weights")
+    args = parser.parse_args(words(argv))
+    found = predict(args.run, args.images, args.average)
+    for one in found:
+        shares = "  ".join(f"{name} {100 * p:.1f} %" for name, p in one["top"])
+        print(f"{one['image']}: {shares}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

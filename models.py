@@ -9,6 +9,7 @@ What varies beside the widths is given by name: initialisation, pooling, activat
 import torch
 from torch import nn
 
+from common import load_checkpoint
 from flags import fail
 
 # A line a network. channels, kernels, paddings: a number for each conv, all of stride 1. pools:
@@ -160,6 +161,22 @@ def initialise_(model, init, gain):
             nn.init.normal_(layer.weight, std=INITS[init](gain, fan_in, fan_out))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def load(path, average=False):
+    """Return (network, card) of a best.pt: in eval mode, taking no gradient, on the CPU.
+
+    average: the average of the weights instead of the weights. card: classes, mean, std, build …
+    """
+    card = load_checkpoint(path)
+    if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
+        fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
+    weights = card["ema" if average else "model"]
+    if weights is None:
+        fail(f"{path}: holds no average: the run had --ema-decay 0")
+    network = build(**card["build"])
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False), card
 
 
 def count_parameters(model):

@@ -63,6 +63,8 @@ def read_image(path, size, fit):
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)
         return np.asarray(rgb)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image that can be decoded ({error})") from None
 

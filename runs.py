@@ -7,6 +7,7 @@ No command of its own, and no torch.
 import csv
 import io
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -134,6 +135,23 @@ def epoch_line(row, epochs):
     return (f"epoch {row['epoch']:{width}}/{epochs}  loss {row['train_loss']:.4f}"
             f"{score('train', 'train')}{score('val', 'val')}{score('ema_val', 'ema')}"
             f"  {row['seconds']:.1f} s")
+
+
+def learned_nothing(history, epochs, limit, classes):
+    """Return a warning with the usual causes if, after a third of the epochs, no validation
+    accuracy is above the limit of common.chance; else None."""
+    row = history[-1]
+    if len(history) != max(1, math.ceil(epochs / 3)) or row["val_accuracy"] is None:
+        return None
+    if max(row["val_accuracy"] for row in history) > limit:
+        return None
+    floor = math.log(classes)
+    sits = (f"\n  The loss sits at ln({classes}) = {floor:.3f}, what a network scores that tells "
+            "nothing apart." if abs(row["val_loss"] / floor - 1) < 0.02 else "")
+    return (f"warning: nothing learned in {len(history)} of {epochs} epochs: validation is not "
+            f"above chance.{sits}\n  Usual causes: an init without the ReLU gain (--init he), a "
+            "learning rate too\n  high or too low (--lr), dead ReLUs, labels that do not belong "
+            "to the images.")
 
 
 # ---- rows of a table --------------------------------------------------------------------------
