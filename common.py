@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import runs
-from flags import RECIPES, Parser, fail, recipes_table
+from flags import RECIPES, Parser, fail, recipes_table, say
 
 # ---- device, precision, seeds -----------------------------------------------------------------
 
@@ -72,9 +72,8 @@ def set_up(args):
     device = pick_device(args.device)
     args = copy.copy(args)
     args.device, args.precision = device.type, pick_precision(args.precision, device)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
+    torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
     return args, device
 
@@ -105,19 +104,14 @@ def ema_update_(average, model, decay):
 
 
 def ema_decay(decay, update):
-    """Return the decay at update 0, 1, …: short at first, so that random weights are forgotten."""
-    return min(decay, (1 + update) / (10 + update))
+    """Return the decay at update 0, 1, …: short at first, so that random weights are forgotten.
+    Below 0, during a warm start, the average is a copy."""
+    return min(decay, (1 + update) / (10 + update)) if update >= 0 else 0.0
 
 
 def ema_reached(decay):
     """Return the first update at which the warm-up no longer holds the decay back."""
     return max(0, math.ceil((10 * decay - 1) / (1 - decay) - 1e-6))
-
-
-def say(line):
-    """Print a line on stdout, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
 
 
 # ---- evaluate ---------------------------------------------------------------------------------
@@ -165,9 +159,8 @@ def schedule(kind, step, steps):
     if kind == "cosine":
         return (1 + math.cos(math.pi * step / steps)) / 2
     peak, last = 0.3 * steps - 1, steps - 1
-    low, high, t = ((0.04, 1.0, step / peak) if peak > 0 and step <= peak else
-                    (4e-6, 1.0, (last - step) / (last - peak)))
-    return low + (high - low) * (1 - math.cos(math.pi * t)) / 2
+    low, t = (0.04, step / peak) if step <= peak else (4e-6, (last - step) / (last - peak))
+    return low + (1 - low) * (1 - math.cos(math.pi * t)) / 2
 
 
 def make_optimizer(model, args):
@@ -181,6 +174,16 @@ def make_optimizer(model, args):
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](groups, **options)
 
 
+def set_training(model, args, epoch):
+    """Put the model into training mode; with --freeze features, all but those until
+    --unfreeze-at: they take no gradient, and BatchNorm in them keeps its statistics."""
+    until = vars(args).get("unfreeze_at") or math.inf
+    frozen = vars(args).get("freeze", "none") == "features" and epoch < until
+    model.train()
+    if "freeze" in vars(args):
+        model.features.train(not frozen).requires_grad_(not frozen)
+
+
 def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total, bar):
     """One pass over the batches, from update number `update` of `total`.
 
@@ -188,7 +191,7 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
     make a GPU finish all work under way. On a CPU it is free, and saves the rest of the epoch.
     """
     losses, hits, rows = [], [], []
-    model.train()
+    warm = vars(args).get("warm_start", 0) * (total // args.epochs)
     for update, batch in enumerate(batches, update):        # noqa: B020
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(args.schedule, update, total)
@@ -208,7 +211,7 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
 
         # EMA
         if average is not None:
-            ema_update_(average, model, ema_decay(args.ema_decay, update))
+            ema_update_(average, model, ema_decay(args.ema_decay, update - warm))
 
         # log
         losses.append(loss.detach().float())
@@ -266,6 +269,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
                unit=" steps", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
     for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
+        set_training(model, args, epoch)
         batches = train.epoch(epoch)
         if epoch == first:
             batches = tell_time(batches, (args.epochs - epoch + 1) * steps)

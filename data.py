@@ -188,9 +188,9 @@ class Batches:
     """
 
     def __init__(self, split, mean, std, batch_size, device="cpu", augment="none", views=0, seed=0,
-                 pair=False, labelled_only=False):
+                 pair=False, labelled_only=False, noise=None):
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
-        self.draws, self.views, self.pair = AUGMENTS[augment], views, pair
+        self.draws, self.views, self.pair, self.noise = AUGMENTS[augment], views, pair, noise
         images = torch.from_numpy(split.images)
         if self.device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info()[0] / 2:
             images = images.to(self.device)
@@ -243,12 +243,18 @@ class Batches:
     def epoch(self, epoch):
         """Yield the batches of training epoch 1, 2, …"""
         view = epoch % self.views if self.views else epoch
-        mine = self.draw("view", view)
-        others = self.draw("other view", view) if self.pair else None
-        for rows in self.order(epoch):
+        streams = ("view", "other view") if self.pair else ("view",)
+        draws = [self.draw(stream, view) for stream in streams]
+        noises = ("noise", "other noise")[:len(draws)] if self.noise else ()
+        lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch))
+                for stream in noises]
+        for step, rows in enumerate(self.order(epoch)):
+            looks = [self.look(rows, draw) for draw in draws]
+            for i, stream in enumerate(noises):
+                g = generator(self.seed, stream, epoch, step, device=self.device)
+                looks[i] = disturb(looks[i], self.noise, lots[i][:, rows], g)
             y = self.labels[rows.to(self.device)]
-            other = self.look(rows, others) if self.pair else None
-            yield Batch(self.look(rows, mine), y, rows, other, epoch)
+            yield Batch(looks[0], y, rows, looks[1] if self.pair else None, epoch)
 
     def draw(self, stream, view):
         """Return, for every image of the split, where view number `view` looks; drawn on the CPU,
@@ -277,6 +283,19 @@ class Batches:
             x = self.images.view(-1, 3)[pixels.view(-1).to(place)].view(-1, height, width, 3)
         x = x.to(self.device, non_blocking=True).float() * self.scale + self.offset
         return x.permute(0, 3, 1, 2)         # a view: the memory stays channels last
+
+
+def disturb(x, noise, lots, g):
+    """Return x (B, 3, H, W) with noise (p1, p2, ρ1, ρ2): with probability p1 an image gets Gaussian
+    noise of ρ1 standard deviations of the data, with p2 a share ρ2 of its pixels is erased (set to
+    the data's mean). lots (2, B), from 0 to 1, say who; g, on x's device, draws the pixels.
+    """
+    p1, p2, strength, share = noise
+    one, two = (lots < torch.tensor([[p1], [p2]])).to(x.device).view(2, -1, 1, 1, 1)
+    bell = torch.randn(x.shape, generator=g, device=x.device)
+    erased = torch.rand(len(x), 1, *x.shape[2:], generator=g, device=x.device) < share
+    x = (x + one * strength * bell).masked_fill(two & erased, 0)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def mirror(index, size):

@@ -10,7 +10,6 @@
 
 The same seed sees the same batches and starts from the same student as train_student.py.
 """
-import hashlib
 import math
 import time
 from pathlib import Path
@@ -69,7 +68,10 @@ def class_cost(logits, labels, kind):
 
 def ramp_up(epoch, epochs):
     """Return the factor on the consistency term in epoch 1, 2, …: exp(−5·(1−t)²), from 0.0067 in
-    the first epoch to 1 after `epochs`. Laine & Aila 2017, arXiv 1610.02242, section 3.1."""
+    the first epoch to 1 after `epochs`; 0 before the first, in a warm start. Laine & Aila 2017,
+    arXiv 1610.02242, section 3.1."""
+    if epoch < 1:
+        return 0.0
     t = min(1.0, (epoch - 1) / epochs) if epochs else 1.0
     return math.exp(-5 * (1 - t) ** 2)
 
@@ -91,15 +93,6 @@ def find_teacher(args):
         flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
                    if not asked else f"{fail}; give a best.pt, or ema")
     return path
-
-
-def weights_sha256(state):
-    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_teacher(path, card, job):
@@ -134,36 +127,57 @@ def report_teacher(teacher, job, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     val = job.batches[1]
     if not len(val):
-        common.say(f"  from   {path} (no validation images to measure it on)")
+        flags.say(f"  from   {path} (no validation images to measure it on)")
         return
     module = torch.nn.Module()
     module.forward = teacher
     accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
-    common.say(f"  from   {path}: validation accuracy {100 * accuracy:.2f} %")
+    flags.say(f"  from   {path}: validation accuracy {100 * accuracy:.2f} %")
     if accuracy <= common.chance(val.labels):
-        common.say("warning: this teacher is not above chance; what it teaches is noise")
+        flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
 
 # ---- objectives -------------------------------------------------------------------------------
 
+def taught(term, logits, silent):
+    """Refuse to go on when the teacher's term has moved nothing in the first 20 steps: the loss
+    would look right and teach nothing. silent: a list that counts them; emptied once it moves."""
+    (gradient,) = torch.autograd.grad(term, logits, retain_graph=True)
+    if gradient.abs().max() > 0:
+        silent.clear()
+    elif silent.append(1) or len(silent) > 20:
+        flags.fail("the teacher's term has no gradient on the student: teacher and student see the "
+                   "same and say the same; give --augment, --noise, --ema-decay or another teacher")
+
+
 def kd_objective(args, teacher):
+    silent = [1]
+
     def loss_fn(model, batch):
-        logits = model(batch.x)
-        return kd_loss(logits, teacher(batch.x), batch.y, args.temperature, args.alpha), logits
+        logits, targets = model(batch.x), teacher(batch.x)
+        if silent and args.alpha:
+            taught(kd_loss(logits, targets, batch.y, args.temperature, 1.0), logits, silent)
+        return kd_loss(logits, targets, batch.y, args.temperature, args.alpha), logits
     t, a = args.temperature, args.alpha
-    parts = [f"{a:g}·{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
+    share = "" if a == 1 else f"{a:g}·"
+    parts = [f"{share}{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
     parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
     return loss_fn, " + ".join(parts) + ", means over the batch"
 
 
 def consistency_objective(args, teacher):
+    silent = [1]
+
     def loss_fn(model, batch):
         logits = model(batch.x)
         labels = class_cost(logits, batch.y, args.class_cost)
         views = consistency_loss(logits, teacher(batch.other))
-        weight = (1 - args.class_weight) * ramp_up(batch.epoch, args.ramp_up)
+        if silent and args.class_weight < 1:
+            taught(views, logits, silent)
+        weight = (1 - args.class_weight) * ramp_up(batch.epoch - args.warm_start, args.ramp_up)
         return args.class_weight * labels + weight * views, logits
     ramp = f"·ramp over {args.ramp_up} epochs" if args.ramp_up else ""
+    ramp += f" after {args.warm_start} on the labels alone" if args.warm_start else ""
     return loss_fn, (f"{args.class_weight:g}·{args.class_cost.upper()}(labels) + "
                      f"{1 - args.class_weight:g}{ramp}·MSE(softmaxes of two views)")
 
@@ -176,18 +190,26 @@ def run_name(args, own):
     return f"{kind}-s{args.seed}"
 
 
+def role_of(early):
+    """Return the role of flags.settings() from --objective and --teacher."""
+    return early.objective + "-ema" * (early.teacher == "ema" and early.objective != "consistency")
+
+
 def main(argv=None):
     started = time.perf_counter()
-    args = flags.parse(__doc__, lambda objective: objective, CHOICES, argv,
+    args = flags.parse(__doc__, role_of, CHOICES, argv,
                        groups=("data", "network", "training", "distillation", "run"))
     if args.objective == "kd-only" and args.alpha != 1:
         flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
                    "alpha is 1; use --objective kd")
     path = find_teacher(args)
+    if path is None and args.objective != "consistency" and not args.ema_decay:
+        flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
+                   "images, and teach it nothing; give a decay, 0.99 say")
     network, card = models.load(path) if path else (None, None)
-    sha256 = weights_sha256(card["model"]) if path else None
+    sha256 = models.weights_sha256(card["model"]) if path else None
     job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
-                  pair=args.objective == "consistency", teacher_sha256=sha256)
+                  pair=args.objective == "consistency", noise=args.noise, teacher_sha256=sha256)
     if path:
         check_teacher(path, card, job)
     if job.final:

@@ -9,6 +9,8 @@ import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 # ---- recipes: what differs from DEFAULTS, and why --------------------------------------------
 
 DEFAULTS = dict(
@@ -26,7 +28,8 @@ DEFAULTS = dict(
     temperature=4.0,      # within the 2.5 to 4 that Hinton et al. 2015 (section 3) found best for
                           # small students
     alpha=0.9,            # most of the weight on the teacher: its targets already hold the labels
-    class_weight=0.5, class_cost="ce", ramp_up=5,
+    class_weight=0.5, class_cost="ce", ramp_up=5, warm_start=0, noise=None,
+    init_from=None, freeze="none", unfreeze_at=0,
 )
 # Top level: both networks. "teacher", "student": one of them. "kd", "consistency": the student
 # under that objective.
@@ -46,14 +49,18 @@ RECIPES = {
 
 
 def settings(recipe, role):
-    """Return every flag's value in a recipe; role: teacher, student, or an objective."""
+    """Return every flag's value in a recipe; role: teacher, student, or an objective (with -ema:
+    taught by the student's own average)."""
     values, chosen = dict(DEFAULTS), RECIPES[recipe]
     values.update((k, v) for k, v in chosen.items() if not isinstance(v, dict))
+    role, own = role.removesuffix("-ema"), role.endswith("-ema")
     parts = {"teacher": ["teacher"], "student": ["student"], "kd-only": ["student", "kd"]}
     for part in parts.get(role, ["student", role]):
         values.update(chosen.get(part, {}))
     if role == "kd-only":
         values["alpha"] = 1.0       # no label is read
+    if own:                         # kd from the student's own average needs one
+        values["ema_decay"] = chosen.get("consistency", {}).get("ema_decay", 0.99)
     return values
 
 
@@ -61,8 +68,14 @@ def settings(recipe, role):
 
 def fail(message, code=2):
     """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
-    print("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
+    tqdm.write("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
     raise SystemExit(code)
+
+
+def say(line):
+    """Print a line on stdout, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def words(argv):
@@ -103,6 +116,19 @@ def number(kind, low, high, low_open=False, high_open=False, also=None):
         words = "".join(f", or {word}" for word in also or ())
         raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}{words}")
     return convert
+
+
+def four_numbers(text):
+    """argparse type of --noise: two probabilities, a strength, a share."""
+    try:
+        p1, p2, strength, share = map(float, text.split(","))
+        if min(p1, p2, share) >= 0 and max(p1, p2, share) <= 1 and 0 <= strength < math.inf:
+            return p1, p2, strength, share
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not four numbers P1,P2,RHO1,RHO2: probabilities P1 and P2 and the share RHO2 "
+        "from 0 to 1, the strength RHO1 from 0")
 
 
 on_off = dict(action=argparse.BooleanOptionalAction)
@@ -155,6 +181,17 @@ FLAGS = {
         "class-cost": dict(choices=["bce", "ce"], help="cost on the labels in consistency"),
         "ramp-up": dict(type=number(int, 0, 100_000), metavar="N",
                         help="epochs over which the consistency term grows to its weight"),
+        "warm-start": dict(type=number(int, 0, 100_000), metavar="N",
+                           help="epochs on the labels alone, before the teacher teaches"),
+        "noise": dict(type=four_numbers, metavar="P1,P2,RHO1,RHO2",
+                      help="with P1 Gaussian noise of RHO1 standard deviations, with P2 a share "
+                           "RHO2 of the pixels erased; off if left out"),
+    },
+    "transfer": {
+        "init-from": dict(metavar="FILE", help="start from the weights of a best.pt that fit"),
+        "freeze": dict(choices=["none", "features"], help="features: train the classifier only"),
+        "unfreeze-at": dict(type=number(int, 0, 100_000), metavar="EPOCH",
+                            help="train all from this epoch on; 0: never"),
     },
     "run": {
         "device": dict(choices=["auto", "cpu", "cuda", "mps"], help="where to compute"),
@@ -174,16 +211,18 @@ FLAGS = {
 def parse(doc, role, choices, argv=None, groups=("data", "network", "training", "run"), own=None):
     """Return the flags as a Namespace; the recipe's values are the defaults, a typed flag wins.
 
-    role: of settings(), or a function from --objective to one. choices: flag -> names allowed, from
-    the registries of models and data. groups: of FLAGS. own: flags of this script alone.
+    role: of settings(), or a function to one from a first look at --objective and --teacher.
+    choices: flag -> names allowed, from the registries of models and data. groups: of FLAGS.
+    own: flags of this script alone.
     """
     argv = words(argv)
     first = Parser(add_help=False)
     first.add_argument("--recipe", default="digits")
     first.add_argument("--objective", default="kd")
+    first.add_argument("--teacher")
     early = first.parse_known_args(argv)[0]
     recipe = early.recipe if early.recipe in RECIPES else "digits"
-    defaults = settings(recipe, role(early.objective) if callable(role) else role)
+    defaults = settings(recipe, role(early) if callable(role) else role)
     defaults |= dict(objective=early.objective) if callable(role) else {}
 
     parser = Parser(description=doc)

@@ -6,6 +6,8 @@
 
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
+import hashlib
+
 import torch
 from torch import nn
 
@@ -177,6 +179,27 @@ def load(path, average=False):
     network = build(**card["build"])
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False), card
+
+
+def weights_sha256(state):
+    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def take_weights_(model, path):
+    """Copy all weights of a best.pt that fit into a model; return the names of those that do not.
+    """
+    theirs, mine = load(path)[0].state_dict(), model.state_dict()
+    fit = {name: value for name, value in theirs.items()
+           if name in mine and mine[name].shape == value.shape}
+    if not fit:
+        fail(f"--init-from {path}: none of its weights fits this network; give the same --arch")
+    model.load_state_dict(fit, strict=False)
+    return [name for name in mine if name not in fit]
 
 
 def count_parameters(model):

@@ -17,7 +17,8 @@ from flags import fail
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
-FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "teacher"}
+FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "teacher",
+        "init_from"}
 RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json", "curves.png")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
@@ -87,7 +88,8 @@ def open_run(args, config, name):
         differs = [f"{key} {short(had.get(key))} (asked for: {short(now.get(key))})"
                    for key in now.keys() | had.keys() - skip
                    if key not in skip and had.get(key) != now.get(key)]
-        if differs:
+        # A run stopped before its first epoch ended has nothing to lose.
+        if differs and (finished or (folder / "checkpoint.pt").exists() or not args.resume):
             what = "finished" if finished else "begun"
             fail(f"{folder}: {what} with other settings: {', '.join(sorted(differs))}; {ways}")
     elif finished:

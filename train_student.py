@@ -37,7 +37,7 @@ def versions():
                 system=platform.system(), device=name, threads=torch.get_num_threads())
 
 
-def prepare(args, script, name, started, pair=False, labelled_only=True, **known):
+def prepare(args, script, name, started, pair=False, labelled_only=True, noise=None, **known):
     """Load the data, build the network from its seed, find the run's folder; make nothing yet.
 
     Returns a namespace: args (device and precision resolved), device, splits, model, folder,
@@ -64,7 +64,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, **known
         return data.Batches(split, splits.mean, splits.std, size, device, **options)
 
     train = batches(splits.train, args.batch_size, augment=args.augment, views=args.views,
-                    seed=args.seed, pair=pair, labelled_only=labelled_only)
+                    seed=args.seed, pair=pair, labelled_only=labelled_only, noise=noise)
     val, test = (batches(split, 500) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
                            final=final, config=config, facts=facts, card=card, started=started,
@@ -73,7 +73,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, **known
 
 def announce(job, what, loss):
     """Print what the run will do, before it does it."""
-    args, (train, val, test), say = job.args, job.batches, common.say
+    args, (train, val, test), say = job.args, job.batches, flags.say
     say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
         f"{job.facts['macs']:,} multiply-adds")
     unlabelled = f" ({len(train.unlabelled)} unlabelled)" if len(train.unlabelled) else ""
@@ -94,7 +94,7 @@ def announce(job, what, loss):
 def run(job, loss_fn, average=None, teacher_seconds=0.0):
     """Make the folder and train; return the final dict. With --dry-run make nothing."""
     if job.args.dry_run:
-        common.say("dry run: all of the above was checked, nothing was made")
+        flags.say("dry run: all of the above was checked, nothing was made")
         return job.config
     runs.begin_run(job.args, job.folder, job.config)
     if job.args.compile:
@@ -107,11 +107,18 @@ def run(job, loss_fn, average=None, teacher_seconds=0.0):
 
 def main(argv=None, role="student", doc=__doc__):
     started = time.perf_counter()
-    args = flags.parse(doc, role, CHOICES, argv)
-    job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started)
+    args = flags.parse(doc, role, CHOICES, argv, ("data", "network", "training", "transfer", "run"))
+    known = {}
+    if args.init_from:
+        known["init_sha256"] = models.weights_sha256(models.load(args.init_from)[0].state_dict())
+    job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started, **known)
     if job.final:
         return job.final
     announce(job, f"{role} alone", LOSS.replace("student", role))
+    if args.init_from:
+        left = models.take_weights_(job.model, args.init_from)
+        flags.say(f"  from   {args.init_from}; "
+                   + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
     average = common.make_average(job.model) if job.args.ema_decay else None
     return run(job, hard_loss, average)
 
