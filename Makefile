@@ -24,13 +24,13 @@ SHARED  = --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume 
 READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
 .PHONY: all setup test lint help clean report publish readme \
-        teacher student kd kd-only mean-teacher mean-teacher-no-ema
+        teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 all: teacher student kd kd-only mean-teacher mean-teacher-no-ema report  ## the whole chain
 
-setup: $(READY)  ## only install: $(VENV) with requirements.txt as constraints.txt pins it
+setup: $(READY)  ## only install, into $(VENV)
 
 $(VENV)/installed: requirements.txt constraints.txt
 	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,6 +52,9 @@ kd: $(READY)  ## the student from the teacher and the labels
 kd-only: $(READY)  ## the student from the teacher alone
 	$(PYTHON) distill.py --objective kd-only $(SHARED)
 
+kd-ema: $(READY)  ## the student from its own average and the labels; not in all
+	$(PYTHON) distill.py --teacher ema $(SHARED)
+
 mean-teacher: $(READY)  ## the student consistent with its own average (EMA)
 	$(PYTHON) distill.py --objective consistency $(SHARED)
 
@@ -70,10 +73,12 @@ readme: $(READY)  ## fill the README's tables from results/published
 test: $(READY)  ## set up and run the tests
 	$(PYTHON) -m pytest -q
 
-lint:  ## ruff, a tool for development: python -m pip install ruff
-	ruff check .
+lint: $(READY)  ## ruff, a tool for development, installed on first use
+	@$(PYTHON) -m ruff --version >/dev/null 2>&1 || \
+	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements-dev.txt
+	$(PYTHON) -m ruff check .
 
-clean:  ## remove .venv, results and caches; what is published stays, data/ too
+clean:  ## remove .venv, results, caches; keep results/published, data
 	rm -rf $(if $(VENV),$(VENV)) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 	find results -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} + 2>/dev/null || true
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import common
 import flags
 import models
-from train_student import CHOICES, announce, prepare, run
+from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
 
@@ -127,12 +127,12 @@ def report_teacher(teacher, job, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     val = job.batches[1]
     if not len(val):
-        flags.say(f"  from   {path} (no validation images to measure it on)")
+        detail("from", f"{path} (no validation images to measure it on)")
         return
     module = torch.nn.Module()
     module.forward = teacher
     accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
-    flags.say(f"  from   {path}: validation accuracy {100 * accuracy:.2f} %")
+    detail("from", f"{path}: validation accuracy {100 * accuracy:.2f} %")
     if accuracy <= common.chance(val.labels):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 

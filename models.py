@@ -31,7 +31,8 @@ ARCHITECTURES = {
         channels=(12, 24, 48) + (96,) * 9, kernels=(3,) * 12, paddings=(1,) * 12,
         pools=(3,), hidden=(512,)),
     "tinyimagenet-student": dict(
-        channels=(12, 24, 32, 32), kernels=(3,) * 4, paddings=(1,) * 4, pools=(2,), hidden=(512,)),
+        channels=(12, 20, 20, 16), kernels=(3,) * 4, paddings=(1, 0, 0, 0), pools=(1,),
+        hidden=(512,)),
     # Report 002 says: 7 convs and 1 pool, 6 filters first; 2 convs and 1 pool; one hidden layer
     # of 256. Widths, kernels and the place of the pool are chosen here: doubling from 6 and capped
     # at 96 with the pool at the end underfits, an early pool buys width where it is cheap.

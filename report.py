@@ -34,6 +34,12 @@ COLUMNS = {  # column of a table -> its short form on the terminal (None: left o
 }
 COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict",
             "last epoch: points [95 %]", "verdict")
+COMMAND_OF = {
+    "teacher": "train_teacher.py", "student": "train_student.py", "kd": "distill.py",
+    "kd-only": "distill.py --objective kd-only", "kd-ema": "distill.py --teacher ema",
+    "mean-teacher": "distill.py --objective consistency",
+    "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
+}
 CLASSES = {"digits": 10, "cifar10": 10, "svhn": 10, "tinyimagenet": 200}
 SCHEMA = 1  # of report.json
 MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
@@ -187,7 +193,22 @@ def markdown_comparisons(report):
         for entry in report["comparisons"]])
 
 
-BLOCKS = {"table": markdown_table, "comparisons": markdown_comparisons}  # markers of the README
+def markdown_commands(report):
+    """The command of each run with the accuracy and the time to expect, as Markdown."""
+    recipe = "" if report["recipe"] == "digits" else report["recipe"]
+    lines = []
+    for row in report["rows"]:
+        if row["key"] in COMMAND_OF:
+            words = COMMAND_OF[row["key"]] + (f" --recipe {recipe}" if recipe else "")
+            target = f"make {row['key']}" + (f" RECIPE={recipe}" if recipe else "")
+            lines.append([f"`python {words}`", f"`{target}`", _percent(row["test_accuracy"]),
+                          f"{row['seconds']['mean']:.0f}"])
+    return _pipes(("command", "or", "test %", "seconds"), lines)
+
+
+# Markers of the README.
+BLOCKS = {"table": markdown_table, "comparisons": markdown_comparisons,
+          "commands": markdown_commands}
 
 
 def markdown(report):

@@ -6,6 +6,7 @@
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
 import platform
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -73,22 +74,30 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
 
 def announce(job, what, loss):
     """Print what the run will do, before it does it."""
-    args, (train, val, test), say = job.args, job.batches, flags.say
-    say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
-        f"{job.facts['macs']:,} multiply-adds")
+    args, (train, val, test) = job.args, job.batches
     unlabelled = f" ({len(train.unlabelled)} unlabelled)" if len(train.unlabelled) else ""
-    count = len(train.labelled) + len(train.unlabelled)
-    say(f"  data   {args.dataset}: {count} train{unlabelled}, {len(val)} validation, "
-        f"{len(test)} test; {len(job.splits.classes)} classes")
-    say(f"  loss   {loss}")
-    say(f"  steps  {args.epochs} epochs of {train.steps()}, batch {args.batch_size}; "
-        f"{args.optimizer}, {args.schedule}, lr {args.lr:g}")
+    lines = {
+        "data": f"{args.dataset}: {len(train.labelled) + len(train.unlabelled)} train{unlabelled}, "
+                f"{len(val)} validation, {len(test)} test; {len(job.splits.classes)} classes",
+        "loss": loss,
+        "steps": f"{args.epochs} epochs of {train.steps()}, batch {train.step_size}; "
+                 f"{args.optimizer}, {args.schedule}, lr {args.lr:g}",
+        "on": f"{args.device}, {args.precision}; {args.init} init, {args.pool} pool, seed "
+              f"{args.seed}; into {job.folder}"}
     if args.ema_decay:
         first, steps = common.ema_reached(args.ema_decay), args.epochs * train.steps()
         never = "" if first < steps else f", never: the run has {steps}; lower --ema-decay"
-        say(f"  ema    decay {args.ema_decay:g}, reached at update {first}{never}")
-    say(f"  on     {args.device}, {args.precision}; {args.init} init, {args.pool} pool, seed "
-        f"{args.seed}; into {job.folder}")
+        lines["ema"] = f"decay {args.ema_decay:g}, reached at update {first}{never}"
+    flags.say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
+              f"{job.facts['macs']:,} multiply-adds")
+    for title, text in lines.items():
+        detail(title, text)
+
+
+def detail(title, text):
+    """Print one indented line of what a run will do, folded at 80 columns, paths left whole."""
+    flags.say(textwrap.fill(text, 80, initial_indent=f"  {title:<6} ", subsequent_indent=" " * 9,
+                            break_long_words=False, break_on_hyphens=False))
 
 
 def run(job, loss_fn, average=None, teacher_seconds=0.0):
@@ -117,8 +126,8 @@ def main(argv=None, role="student", doc=__doc__):
     announce(job, f"{role} alone", LOSS.replace("student", role))
     if args.init_from:
         left = models.take_weights_(job.model, args.init_from)
-        flags.say(f"  from   {args.init_from}; "
-                   + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
+        detail("from", f"{args.init_from}; "
+               + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
     average = common.make_average(job.model) if job.args.ema_decay else None
     return run(job, hard_loss, average)
 

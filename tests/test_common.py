@@ -1,0 +1,346 @@
+"""EMA, evaluate, the schedule, seeds and checkpoint files, against closed forms and torch's own."""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import best_epoch, learned_nothing
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import common
+import models
+
+
+def net(seed=0, norm="batch"):
+    """A network with two BatchNorms that have seen data; every tensor is random."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3),
+                          nn.BatchNorm2d(6) if norm == "batch" else nn.Identity(), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(96, 5))
+    stir(model)
+    return model
+
+
+def stir(model):
+    """Move every parameter, and the buffers by a forward pass, as a training step does."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+        model.train()(torch.randn(8, 3, 8, 8))
+
+
+def floats(model):
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+# ---- EMA --------------------------------------------------------------------------------------
+
+def test_ema_closed_form_with_a_constant_model():
+    model, average = net(0), common.make_average(net(1))
+    start, decay, updates = copy.deepcopy(floats(average)), 0.9, 25
+    for _ in range(updates):
+        common.ema_update_(average, model, decay)
+    for name, value in floats(average).items():
+        expected = decay ** updates * start[name] + (1 - decay ** updates) * floats(model)[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ema_of_a_moving_model_is_the_weighted_sum_of_all_its_states():
+    model = net(0)
+    average, decays = common.make_average(model), [0.1, 0.5, 0.9, 0.99]
+    expected = {k: v.double() for k, v in floats(model).items()}
+    for decay in decays:
+        stir(model)
+        common.ema_update_(average, model, decay)
+        expected = {k: decay * v + (1 - decay) * floats(model)[k].double()
+                    for k, v in expected.items()}
+    for name, value in floats(average).items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_ema_equals_torch():
+    model = net(0)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+    stir(model)
+    reference.update_parameters(model)          # the first update copies
+    average = common.make_average(model)
+    for _ in range(5):
+        stir(model)
+        reference.update_parameters(model)
+        common.ema_update_(average, model, 0.8)
+    theirs = reference.module.state_dict()
+    for name, value in average.state_dict().items():
+        if value.is_floating_point():           # BatchNorm's running mean and variance among them
+            torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7)
+            assert not torch.equal(value, model.state_dict()[name])
+        else:                                   # batches counted: an average makes no sense
+            assert torch.equal(value, model.state_dict()[name])
+    assert sum("running" in name for name in theirs) == 4
+
+
+def test_ema_decay_0_copies_and_1_freezes():
+    model, average = net(0), common.make_average(net(1))
+    stir(model)         # one more batch counted than the average has
+    before = copy.deepcopy(average.state_dict())
+    common.ema_update_(average, model, 1)
+    assert all(torch.equal(v, before[k]) for k, v in floats(average).items())
+    common.ema_update_(average, model, 0)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in average.state_dict().items())
+
+
+def test_ema_leaves_the_model_alone_and_takes_no_gradient():
+    model = net(0)
+    average = common.make_average(model)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in average.state_dict().items())
+    before = copy.deepcopy(model.state_dict())
+    common.ema_update_(average, net(1), 0.5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad for p in average.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_ema_of_a_bfloat16_model_moves():
+    model = nn.Linear(2, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    average = common.make_average(model)
+    assert average.weight.dtype == torch.float32
+    nn.init.constant_(model.weight, 1 + 2 ** -7)    # the next bfloat16: 0.999 of the way is lost
+    for _ in range(10):
+        common.ema_update_(average, model, 0.999)
+    expected = 1 + 2 ** -7 * (1 - 0.999 ** 10)
+    torch.testing.assert_close(average.weight.detach(), torch.full((1, 2), expected), rtol=1e-6,
+                               atol=0)
+
+
+def test_ema_warm_up():
+    assert [common.ema_decay(0.9, t) for t in (0, 1, 8, 80, 81)] == pytest.approx(
+        [1 / 10, 2 / 11, 9 / 18, 81 / 90, 0.9])
+    assert common.ema_decay(0.0, 50) == 0
+    assert common.ema_reached(0.99) == 890 and common.ema_reached(0.999) == 8990
+    for decay in (0.0, 0.1, 0.5, 0.9, 0.97, 0.99, 0.996, 0.999):
+        first = common.ema_reached(decay)
+        assert (1 + first) / (10 + first) >= decay - 1e-12
+        assert first == 0 or first / (9 + first) < decay
+
+
+# ---- evaluate ---------------------------------------------------------------------------------
+
+def labelled(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.randint(5, (n,), generator=g)
+
+
+def test_evaluate_unequal_batches_against_one_pass():
+    model, (x, y) = net(norm="none").eval(), labelled(23)
+    logits = model(x).double()
+    loss = -sum(torch.log_softmax(logits[i], 0)[y[i]].item() for i in range(23)) / 23
+    hits = sum(int(logits[i].argmax()) == int(y[i]) for i in range(23))
+    assert 0 < hits < 23
+    for sizes in ([23], [10, 10, 3], [1, 22], [1] * 23):
+        found = common.evaluate(model, list(zip(x.split(sizes), y.split(sizes), strict=True)))
+        assert found["n"] == 23 and found["accuracy"] == hits / 23
+        assert found["loss"] == pytest.approx(loss, rel=1e-5)
+        assert {k: type(v) for k, v in found.items()} == {"loss": float, "accuracy": float,
+                                                         "n": int}
+
+
+def test_evaluate_ignores_unlabelled_rows():
+    model, (x, y) = net(), labelled(12)
+    expected = common.evaluate(model, [(x[:7], y[:7])])
+    y[7:] = -1
+    found = common.evaluate(model, [(x[:5], y[:5]), (x[5:], y[5:])])
+    assert found["n"] == 7 and found["accuracy"] == expected["accuracy"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_evaluate_takes_any_iterable_and_a_model_without_parameters():
+    x, y = torch.eye(4)[[0, 1, 2, 3, 3]] * 5, torch.tensor([0, 1, 2, 0, 3])
+    expected = F.cross_entropy(x, y).item()
+    batches = [[x[:4], y[:4], "more", None], (x[4:], y[4:])]
+    for given in (batches, iter(batches), (item for item in batches)):
+        found = common.evaluate(nn.Identity(), given)
+        assert found["accuracy"] == 0.8 and found["loss"] == pytest.approx(expected)
+
+
+def test_evaluate_runs_in_eval_mode_and_gives_every_mode_back():
+    model, (x, y) = net(), labelled(6)
+    model[1].eval()                             # one frozen BatchNorm in a network that trains
+    before = copy.deepcopy(model.state_dict())
+    alone = common.evaluate(copy.deepcopy(model).eval(), [(x, y)])
+    assert common.evaluate(model, [(x[:2], y[:2]), (x[2:], y[2:])])["loss"] == pytest.approx(
+        alone["loss"], rel=1e-5)                # in train mode a row would depend on its batch
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    class Broken(Exception):
+        pass
+
+    def broken():
+        assert not any(layer.training for layer in model)
+        yield x, y
+        raise Broken
+
+    with pytest.raises(Broken):
+        common.evaluate(model, broken())
+    assert [layer.training for layer in model] == [True, False] + [True] * 6 and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluate_without_labels_is_an_error():
+    x, y = labelled(4)
+    with pytest.raises(ValueError, match="no labelled rows"):
+        common.evaluate(net(), [(x, torch.full_like(y, -1))])
+    with pytest.raises(ValueError, match="no labelled rows"):
+        common.evaluate(net(), [])
+
+
+# ---- schedule, optimizer, best epoch, chance --------------------------------------------------
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 7, 10, 33, 100, 840, 1001])
+def test_onecycle_against_torch(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps)
+    for step in range(steps):
+        expected = optimizer.param_groups[0]["lr"]
+        assert common.schedule("onecycle", step, steps) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        if step < steps - 1:
+            reference.step()
+
+
+def test_the_other_schedules():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for step in range(50):
+        expected = optimizer.param_groups[0]["lr"]
+        assert common.schedule("cosine", step, 50) == pytest.approx(expected, rel=1e-9)
+        assert common.schedule("constant", step, 50) == 1
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_optimizer_decays_weights_but_not_biases_and_norms(name):
+    model = models.build("digits-student", 4, (3, 16, 16), norm="batch")
+    args = SimpleNamespace(optimizer=name, lr=0.1, weight_decay=0.5)
+    optimizer = common.make_optimizer(model, args)
+    assert type(optimizer).__name__.lower() == name
+    found = {p: (group["weight_decay"], group["lr"]) for group in optimizer.param_groups
+             for p in group["params"]}
+    assert found == {p: (0.5 if name.endswith("weight") and p.ndim > 1 else 0.0, 0.1)
+                     for name, p in model.named_parameters()}
+
+
+def test_best_epoch_is_the_first_of_the_highest():
+    def history(*values):
+        return [dict(val_accuracy=v, ema_val_accuracy=1 - v) for v in values]
+
+    assert best_epoch(history(0.1, 0.7, 0.5, 0.7), "model") == 2
+    assert best_epoch(history(0.1, 0.7, 0.5, 0.7), "ema") == 1
+    assert best_epoch(history(0.3), "model") == 1
+    assert best_epoch([dict(val_accuracy=None)] * 3, "model") == 3     # without any: the last
+
+
+def test_chance_is_three_standard_errors_above_the_largest_class():
+    labels = torch.tensor([0] * 30 + [1] * 10 + [-1] * 60)      # unlabelled rows do not count
+    assert common.chance(labels) == pytest.approx(0.75 + 3 * math.sqrt(0.75 * 0.25 / 40))
+    assert common.chance(torch.arange(1000) % 10) == pytest.approx(0.1 + 3 * math.sqrt(9e-5))
+
+
+def test_the_warning_after_a_third_of_the_epochs():
+    def warn(epochs, losses, accuracy):
+        return learned_nothing([dict(train_loss=loss, val_loss=loss, val_accuracy=accuracy)
+                                for loss in losses], epochs, 0.3, 10)
+
+    for epochs, third in ((1, 1), (2, 1), (3, 1), (4, 2), (9, 3), (10, 4)):
+        for length in range(1, epochs + 1):
+            said = warn(epochs, [2.0] * length, 0.25)
+            assert (length == third) == bool(said), (epochs, length)
+    said = warn(3, [2.302], 0.1)
+    assert said.startswith("warning: nothing learned")
+    for cause in ("ln(10)", "--init he", "--lr", "ReLU"):
+        assert cause in said
+    assert "ln(" not in warn(3, [2.0], 0.1)
+    assert not warn(3, [2.302], 0.31) and not warn(3, [2.302], None)
+    # One epoch above chance is enough, whichever it was.
+    rows = [dict(train_loss=2.3, val_loss=2.3, val_accuracy=v) for v in (0.5, 0.1)]
+    assert not learned_nothing(rows, 6, 0.3, 10)
+
+
+# ---- seeds, device ----------------------------------------------------------------------------
+
+def test_seeds_of_different_uses_differ():
+    seeds = [common.seed_for(s, stream, epoch) for s in range(5) for stream in common.STREAMS
+             for epoch in range(60)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= s < 2 ** 32 for s in seeds)
+    at = list(common.STREAMS).index("order")
+    assert common.seed_for(3, "order", 7) == np.random.SeedSequence((3, at, 7)).generate_state(1)[0]
+    draws = [torch.rand(4, generator=common.generator(2 ** 32 - 1, "view", e)) for e in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_pick_device(capsys):
+    assert common.pick_device("cpu") == torch.device("cpu")
+    assert common.pick_device().type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as stop:
+            common.pick_device("cuda")
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and "--device cuda" in line and "cpu" in line
+
+
+def test_pick_precision():
+    cpu = torch.device("cpu")
+    assert common.pick_precision("bf16", cpu) == "bf16"
+    assert common.pick_precision("fp32", cpu) == "fp32"
+    assert common.pick_precision("auto", cpu) in ("bf16", "fp32")
+
+
+# ---- checkpoint files -------------------------------------------------------------------------
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    state = dict(model=net().state_dict(), epoch=3, classes=["a", "b"], mean=(0.5, 0.25), ema=None)
+    common.save_checkpoint(tmp_path / "x.pt", state)
+    back = common.load_checkpoint(tmp_path / "x.pt")
+    assert all(torch.equal(v, state["model"][k]) for k, v in back.pop("model").items())
+    state.pop("model")
+    assert back == state
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / "x.pt", dict(epoch=1))
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        common.save_checkpoint(tmp_path / "x.pt", dict(epoch=2))
+    assert common.load_checkpoint(tmp_path / "x.pt") == dict(epoch=1)
+
+
+class Code:
+    """Unpickling this would run code."""
+
+    def __reduce__(self):
+        return print, ("code in a checkpoint was run",)
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
+    torch.save(dict(model=Code()), tmp_path / "x.pt")
+    whole = tmp_path / "whole.pt"
+    common.save_checkpoint(whole, dict(x=torch.arange(1000)))
+    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:-500])
+    (tmp_path / "text.pt").write_text("not a checkpoint\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("x.pt", "cut.pt", "text.pt", "empty.pt", "absent.pt"):
+        with pytest.raises(SystemExit) as stop:
+            common.load_checkpoint(tmp_path / name)
+        found = capsys.readouterr()
+        assert stop.value.code == 2 and found.err.count("\n") == 1 and name in found.err
+        assert "was run" not in found.out

@@ -1,0 +1,187 @@
+"""What a run folder lets happen to it: kept, refused, resumed, overwritten; a loss that is not
+finite; a dry run.
+"""
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny
+
+import distill
+import train_student
+import train_teacher
+
+RUN = "digits/student-s0"
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture
+def done(easy, tmp_path):
+    """A finished run of one epoch: (its words, its folder, its final dict)."""
+    final = tiny.run(train_student, easy, tmp_path, epochs=1)
+    return tiny.words(easy, tmp_path, epochs=1), tmp_path / RUN, final
+
+
+def test_a_finished_run_is_kept(done, capsys):
+    words, folder, final = done
+    before = times(folder)
+    for more in ([], ["--resume"], ["--dry-run"]):
+        assert train_student.main(words + more) == final
+        assert f"{folder}: finished already, kept" in tiny.said(capsys)
+    assert times(folder) == before
+
+
+@pytest.mark.parametrize("flags, named", [
+    (("--lr", "0.02"), ("lr", "0.01", "0.02")), (("--epochs", "3"), ("epochs", "1", "3")),
+    (("--labels", "40"), ("labels", "None", "40")), (("--pool", "avg"), ("pool", "max", "avg")),
+    (("--image-size", "8"), ("image_size", "data_key")),
+    (("--precision", "bf16"), ("precision", "fp32", "bf16"))])
+def test_a_finished_run_with_other_settings_is_refused(done, capsys, flags, named):
+    words, folder, final = done
+    before = times(folder)
+    for more in ((), ("--resume",)):
+        tiny.refused(capsys, train_student, [*words, *flags, *more], folder, "finished", *named,
+                     "--overwrite", "--run")
+    assert times(folder) == before
+    assert train_student.main([*words, *flags, "--run", "other", "--dry-run"])
+
+
+def test_a_finished_run_on_other_data_is_refused(done, tmp_path, capsys):
+    words, folder, _ = done
+    other = tiny.make_folder(tmp_path / "other", seed=1)
+    tiny.refused(capsys, train_student, [*words, "--data-dir", other], folder, "data_key")
+
+
+def test_the_same_data_elsewhere_is_the_same_run(done, easy, tmp_path):
+    words, folder, final = done
+    (tmp_path / "link").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "link" / part).symlink_to(easy / part)
+    assert train_student.main([*words, "--data-dir", str(tmp_path / "link")]) == final
+
+
+def test_overwrite_runs_it_again(done, easy):
+    words, folder, final = done
+    (folder / "curves.png").write_bytes(b"of the old run")
+    again = tiny.run(train_student, easy, folder.parent.parent, "--overwrite", "--lr", 0.02,
+                     epochs=1)
+    assert again["test_loss"] != final["test_loss"]
+    assert json.loads((folder / "config.json").read_text())["lr"] == 0.02
+    assert not (folder / "curves.png").exists()
+    # with --resume beside it, as the Makefile types it: from the start, not from the old state
+    other = tiny.run(train_student, easy, folder.parent.parent, "--overwrite", "--resume", epochs=1)
+    assert other["test_loss"] == final["test_loss"]
+
+
+def test_another_teacher_is_another_run(easy, results, capsys):
+    first = tiny.run(distill, easy, results, epochs=1)
+    words = tiny.words(easy, results, epochs=1)
+    copy = results / "copy.pt"                      # the same weights elsewhere: the same run
+    copy.write_bytes((results / "digits/teacher-s0/best.pt").read_bytes())
+    assert distill.main([*words, "--teacher", str(copy)]) == first
+    tiny.run(train_teacher, easy, results, "--overwrite", epochs=1)
+    tiny.refused(capsys, distill, words, "kd-s0", "teacher_sha256")
+
+
+# ---- unfinished -------------------------------------------------------------------------------
+
+@pytest.fixture
+def failing(monkeypatch):
+    """The loss is not finite from epoch 2 on, until this is called. Holds the steps' epochs."""
+    steps = []
+
+    def spoiled(model, batch, whole=train_student.hard_loss):
+        steps.append(batch.epoch)
+        loss, logits = whole(model, batch)
+        return (loss * float("nan") if batch.epoch == 2 else loss), logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_student, "hard_loss", spoiled)
+        yield SimpleNamespace(steps=steps, mend=patch.undo)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(easy, tmp_path, capsys,
+                                                                       failing):
+    words = tiny.words(easy, tmp_path / "a", epochs=3)
+    tiny.refused(capsys, train_student, words, "the loss is nan at epoch 2, step 1", "epoch 1 is",
+                 tmp_path / "a" / RUN, "--lr", code=3)
+    assert failing.steps == [1] * 7 + [2]           # on a CPU it stops there
+    folder = tmp_path / "a" / RUN
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "checkpoint.pt",
+                                                              "config.json", "metrics.csv"]
+    assert len(tiny.load(folder / "checkpoint.pt")["history"]) == len(tiny.metrics(folder)) == 1
+
+    # unfinished: refused by name, without harm
+    before = times(folder)
+    tiny.refused(capsys, train_student, words, folder, "unfinished", "--resume", "--overwrite")
+    tiny.refused(capsys, train_student, [*words, "--resume", "--lr", 0.02], folder, "begun", "lr",
+                 "0.02")
+    assert times(folder) == before
+    tiny.refused(capsys, train_student, [*words, "--resume"], "epoch 2", code=3)    # again
+
+    failing.mend()      # the cause is mended: it goes on as if nothing had been
+    tiny.run(train_student, easy, tmp_path / "a", "--resume", epochs=3)
+    tiny.run(train_student, easy, tmp_path / "b", epochs=3)
+    assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "b" / RUN))
+
+
+def test_a_learning_rate_that_explodes(easy, tmp_path, capsys):
+    words = tiny.words(easy, tmp_path, "--lr", 1e30, "--clip", 0, "--optimizer", "sgd",
+                       "--schedule", "constant")
+    tiny.refused(capsys, train_student, words, "the loss is", "epoch 1, step 2", "nothing is saved",
+                 "1e+30", code=3)
+    folder = tmp_path / RUN
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    # Nothing was finished, so --resume starts again, with other settings too.
+    tiny.refused(capsys, train_student, [*words, "--resume"], "epoch 1, step 2", code=3)
+    tiny.run(train_student, easy, tmp_path, "--resume")
+
+
+def test_a_folder_of_strangers_is_left_alone(easy, tmp_path, capsys):
+    folder = tmp_path / RUN
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    words = tiny.words(easy, tmp_path, epochs=1)
+    tiny.refused(capsys, train_student, words, folder, "--overwrite")
+    tiny.run(train_student, easy, tmp_path, "--overwrite", epochs=1)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoint.pt", "best.pt", "final.json"])
+def test_a_damaged_run_is_refused_by_the_file(done, capsys, file):
+    words, folder, _ = done
+    (folder / file).write_bytes((folder / file).read_bytes()[:40])
+    if file != "final.json":
+        (folder / "final.json").unlink()
+    tiny.refused(capsys, train_student, [*words, "--resume"], folder / file)
+
+
+def test_a_run_of_another_schema_is_refused(done, capsys):
+    words, folder, _ = done
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(schema=99)))
+    tiny.refused(capsys, train_student, [*words, "--resume"], folder, "99", "--overwrite")
+
+
+# ---- dry run ----------------------------------------------------------------------------------
+
+def test_a_dry_run_says_all_and_makes_nothing(easy, results, capsys):
+    before = sorted(results.rglob("*"))
+    words = tiny.words(easy, results, "--dry-run", "--temperature", 3, "--alpha", 0.25)
+    distill.main(words)
+    printed = tiny.said(capsys)
+    for part in ("digits-student", "parameters", "multiply-adds", "120 train", "40 validation",
+                 "80 test", "4 classes", "0.25·3²·KL(teacher ‖ student, T = 3)", "0.75·CE", "cpu",
+                 "fp32", "2 epochs of 7", "validation accuracy", "dry run"):
+        assert part in printed, part
+    assert sorted(results.rglob("*")) == before
+
+
+def test_a_start_says_whether_the_decay_is_ever_reached(easy, tmp_path, capsys):
+    for decay, never in ((0.5, False), (0.99, True)):
+        tiny.run(train_student, easy, tmp_path, "--dry-run", "--ema-decay", decay)
+        printed = tiny.said(capsys)
+        assert f"decay {decay}" in printed and ("never" in printed) == never

@@ -1,0 +1,390 @@
+"""report.py on run folders made in fake_runs.py: its numbers against sums done by hand, its words,
+its files.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_runs import SIX, make_run, make_six
+from PIL import Image
+
+import look
+import report
+import runs
+
+HOUSE = Path(report.__file__).parent
+
+
+def run(*words):
+    return report.main([str(word) for word in words])
+
+
+def numbers(results):
+    """The report without its files: drawing takes most of a second."""
+    return report.build("digits", results)[0]
+
+
+def rows_of(result):
+    return {row["key"]: row for row in result["rows"]}
+
+
+def compared(result):
+    return {entry["title"]: entry for entry in result["comparisons"]}
+
+
+def refused(capsys, *words, code=2):
+    """The one line that a refusal prints."""
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    line = capsys.readouterr().err
+    assert stop.value.code == code and line.startswith("error: ") and line.count("\n") == 1, line
+    return line
+
+
+# ---- numbers ----------------------------------------------------------------------------------
+
+def test_interval_against_the_printed_table_of_student():
+    # t(0.975, 2) = 4.302653; differences 3, 4, 2: mean 3, deviation 1, half width t / sqrt(3).
+    centre, low, high = runs.interval([3.0, 4.0, 2.0])
+    assert centre == 3
+    assert low == pytest.approx(3 - 4.302653 / 3**0.5, abs=1e-5)
+    assert high == pytest.approx(3 + 4.302653 / 3**0.5, abs=1e-5)
+    # t(0.975, 4) = 2.776445; deviation of 1..5 is sqrt(2.5)
+    assert runs.interval([1, 2, 3, 4, 5])[1] == pytest.approx(3 - 2.776445 * 0.5**0.5, abs=1e-5)
+    assert runs.interval([3.0]) == (3, None, None)
+
+
+@pytest.mark.parametrize("low, high, learned, said", [
+    (0.1, 2, True, "helps"), (-2, -0.1, True, "hurts"), (-1, 1, True, "cannot tell"),
+    (0, 1, True, "cannot tell"), (None, None, True, "cannot tell"),
+    (0.1, 2, False, "no conclusion"), (None, None, False, "no conclusion")])
+def test_verdict(low, high, learned, said):
+    assert runs.verdict(low, high, learned) == said
+
+
+def test_three_seeds_by_hand(tmp_path):
+    make_six(tmp_path, 3)
+    result = numbers(tmp_path)
+    rows = rows_of(result)
+    assert list(rows) == ["teacher", "student", "kd", "kd-only", "mean-teacher",
+                          "mean-teacher/average", "mean-teacher-no-ema"]
+    assert rows["kd"]["test_accuracy"]["mean"] == pytest.approx(0.74)
+    assert rows["kd"]["test_accuracy"]["sd"] == pytest.approx(0.01)  # sample: / (n - 1)
+    assert rows["kd"]["val_accuracy"]["mean"] == pytest.approx(0.75)
+    assert rows["kd"]["last_test_accuracy"]["mean"] == pytest.approx(0.735)
+    assert rows["mean-teacher/average"]["test_accuracy"]["values"] == [0.73, 0.75, 0.77]
+    assert rows["mean-teacher/average"]["val_accuracy"]["mean"] == pytest.approx(0.76)
+    assert rows["mean-teacher"]["test_accuracy"]["mean"] == pytest.approx(0.73)
+    # alone 71, teacher 81, so ten points to close
+    assert {key: round(row["gap"], 6) for key, row in rows.items()} == {
+        "teacher": 1, "student": 0, "kd": 0.3, "kd-only": 0.3, "mean-teacher": 0.2,
+        "mean-teacher/average": 0.4, "mean-teacher-no-ema": 0}
+
+    half = 4.302653 / 3**0.5  # of three differences whose deviation is 1
+    expected = {  # differences by hand -> mean, half width, verdict
+        "kd - student alone": (3, half, "helps"),                    # 3, 4, 2
+        "kd-only - kd": (0, half, "cannot tell"),                    # 1, -1, 0
+        "mean teacher, student - no EMA": (2, half, "cannot tell"),  # 1, 2, 3
+        "mean teacher, average - no EMA": (4, 2 * half, "cannot tell"),  # 2, 4, 6
+        "average - its student": (2, half, "cannot tell"),           # 1, 2, 3
+        "student alone - teacher": (-10, half, "hurts")}             # -10, -11, -9
+    found = compared(result)
+    assert list(found) == list(expected)
+    for title, (centre, width, said) in expected.items():
+        best, last = found[title]["best"], found[title]["last"]
+        assert best["mean"] == pytest.approx(centre, abs=1e-6)
+        assert best["low"] == pytest.approx(centre - width, abs=1e-5)
+        assert best["high"] == pytest.approx(centre + width, abs=1e-5)
+        assert (best["n"], best["verdict"]) == (3, said)
+        # last epoch: all half a point lower; of the average it is not recorded
+        assert last["verdict"] == ("not recorded" if "average" in title else said)
+
+
+def test_pairs_share_a_seed(tmp_path):
+    """A seed that only one side has must not count: as means, kd would look 15 points ahead."""
+    for seed, (alone, kd) in enumerate([(70, 71), (71, 73), (30, None), (None, 99)]):
+        if alone:
+            make_run(tmp_path, f"student-s{seed}", seed, alone)
+        if kd:
+            make_run(tmp_path, f"kd-s{seed}", seed, kd)
+    make_run(tmp_path, "teacher-s7", 7, 90)  # one teacher for all: its seed need not match
+    result = numbers(tmp_path)
+    entry = compared(result)["kd - student alone"]["best"]
+    assert entry["seeds"] == [0, 1] and entry["mean"] == pytest.approx(1.5)
+    assert rows_of(result)["kd"]["gap"] == pytest.approx(1.5 / (90 - 70.5))
+    assert compared(result)["student alone - teacher"]["best"]["verdict"] == "no shared seed"
+
+
+def test_one_seed_cannot_tell(tmp_path):
+    make_six(tmp_path)
+    result = numbers(tmp_path)
+    assert {entry["best"]["verdict"] for entry in result["comparisons"]} == {"cannot tell"}
+    assert rows_of(result)["kd"]["test_accuracy"]["sd"] is None
+    lines = report.terminal(result).splitlines()
+    assert lines[3] == "kd                     1  45.7 k  3.2 M       6  74.00   73.00   30 %   42"
+    assert "kd - student alone               +3.00 [one seed: no interval]  1  cannot tell" in lines
+    assert "±" not in report.markdown(result)
+
+
+# ---- doubtful and missing runs ----------------------------------------------------------------
+
+def test_no_conclusion_from_what_did_not_learn(tmp_path):
+    make_six(tmp_path, 3, only=("teacher", "kd", "kd-only"))
+    for seed in range(3):
+        make_run(tmp_path, f"student-s{seed}", seed, 10, learned=seed != 1)
+    result = numbers(tmp_path)
+    said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
+    assert said == {"kd - student alone": "no conclusion", "kd-only - kd": "cannot tell",
+                    "student alone - teacher": "no conclusion"}
+    assert all(row["gap"] is None for row in result["rows"])
+    out = report.terminal(result)
+    assert "student alone (!)" in out and "(!) No conclusion from student-s1:" in out
+    assert "No gap is shown: the student alone did not learn." in out
+    assert "64.00" not in out  # kd's lead over it is not worth printing
+
+
+def test_only_the_row_that_did_not_learn_loses_its_gap(tmp_path):
+    make_six(tmp_path, only=("teacher", "student", "kd"))
+    make_run(tmp_path, "kd-only-s0", 0, 10, learned=False)
+    rows = rows_of(numbers(tmp_path))
+    assert rows["kd-only"]["gap"] is None and rows["kd"]["gap"] == pytest.approx(0.3)
+
+
+def test_no_gap_where_the_teacher_is_not_ahead(tmp_path):
+    make_run(tmp_path, "teacher-s0", 0, 70)
+    make_run(tmp_path, "student-s0", 0, 70)
+    result = numbers(tmp_path)
+    assert all(row["gap"] is None for row in result["rows"])
+    assert "No gap is shown: the teacher is not above the student alone." in result["notes"]
+
+
+def test_what_is_missing_is_named_with_its_command(tmp_path):
+    make_run(tmp_path, "kd-s3", 3, 73, dataset="folder", data_dir="data/my pictures")
+    (tmp_path / "digits" / "teacher-s3").mkdir()
+    result = numbers(tmp_path)
+    notes = " ".join(result["notes"])
+    assert result["unfinished"] == ["teacher-s3"] and "Unfinished, not shown: teacher-s3." in notes
+    for script in ("train_teacher.py", "train_student.py"):
+        assert (f"`python {script} --recipe digits --dataset folder --data-dir 'data/my pictures' "
+                f"--seed 3 --results-dir {tmp_path}`") in notes
+    assert result["comparisons"] == [] and "points" not in report.terminal(result)
+
+
+def test_a_command_says_no_more_than_it_must(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run("results", "teacher-s0", 0, 80)
+    assert "Missing: the student alone. `python train_student.py --recipe digits` makes it." in (
+        numbers("results")["notes"])
+
+
+def test_other_runs_get_rows_of_their_own(tmp_path):
+    make_six(tmp_path, only=("teacher", "student", "kd"))
+    for seed, test in enumerate((72, 74)):
+        make_run(tmp_path, f"kd-t8-s{seed}", seed, test)
+    make_run(tmp_path, "kd", 0, 20)  # --run kd may be anything: it is no seed of kd
+    make_run(tmp_path, "wide", 5, 75, 76)
+    make_run(tmp_path, "kd-ema-s0", 0, 74, 75)
+    rows = rows_of(numbers(tmp_path))
+    assert list(rows)[3:] == ["kd-ema", "kd-ema/average", "kd-t8", "run kd", "wide", "wide/average"]
+    assert rows["kd-t8"]["test_accuracy"]["mean"] == pytest.approx(0.73)
+    assert rows["kd"]["test_accuracy"]["values"] == [0.73]
+    assert rows["wide/average"]["label"] == "wide, average"
+    assert rows["wide"]["gap"] is None  # seed 5 has no student alone to be measured against
+
+
+def test_settings_that_differ_are_said(tmp_path):
+    make_run(tmp_path, "teacher-s0", 0, 80, epochs=8, device="cuda", precision="bf16")
+    make_run(tmp_path, "student-s0", 0, 70)
+    make_run(tmp_path, "kd-s0", 0, 73, data_key="e" * 64, labels=1000)
+    result = numbers(tmp_path)
+    note = next(note for note in result["notes"] if note.startswith("The runs differ"))
+    assert note == ("The runs differ in what matters: device cpu, but cuda (teacher); precision "
+                    "fp32, but bf16 (teacher); epochs 6, but 8 (teacher); data dddddddddddd, but "
+                    "eeeeeeeeeeee (kd); labels all, but 1000 (kd).")
+    assert result["settings"]["epochs"] == "6, but 8 (teacher)"
+
+
+def test_same_settings_are_no_news(tmp_path):
+    make_six(tmp_path, 3)
+    result = numbers(tmp_path)
+    assert not any("differ" in note for note in result["notes"])
+    assert result["notes"][0] == (
+        "Data set digits; device cpu; precision fp32; epochs 6; batch 128; learning rate 0.001; "
+        "seeds 0, 1, 2; torch 2.14.1; commit cccccccccccc.")
+
+
+def test_without_validation_images(tmp_path):
+    folder = make_run(tmp_path, "teacher-s0", val_accuracy=None)
+    text = (folder / "metrics.csv").read_text().splitlines()
+    blank = [",".join("" if place in (3, 4) else cell for place, cell in enumerate(line.split(",")))
+             for line in text[1:]]
+    (folder / "metrics.csv").write_text("\n".join([text[0], *blank]) + "\n")
+    result = run("--results-dir", tmp_path)
+    assert result["rows"][0]["val_accuracy"]["mean"] is None
+    assert "Without validation images (-) the last epoch counts as the best." in result["notes"]
+
+
+# ---- what is written --------------------------------------------------------------------------
+
+def test_files_and_terminal(tmp_path, capsys):
+    folder = make_six(tmp_path, 3)
+    make_run(tmp_path, "a-name-that-nobody-would-want-to-type-s0", 0, 70, 71)
+    result = run("--results-dir", tmp_path)
+    out = capsys.readouterr().out
+    assert json.loads((folder / "report.json").read_text()) == result
+    assert [line for line in out.splitlines()
+            if len(line) > 80 and not line.startswith(("report ", "picture "))] == []
+    assert out.endswith(f"report   {folder / 'report.md'}\npicture  {folder / 'comparison.png'}\n")
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert ("| kd | 3 | 45.7 k | 3.2 M | 6 | 75.00 ±1.00 | 74.00 ±1.00 | 73.50 ±1.00 | 30 % | 42 |"
+            in text)
+    assert ("| kd - student alone | does the teacher help? | 3 | +3.00 [+0.52, +5.48] | helps | "
+            "+3.00 [+0.52, +5.48] | helps |") in text
+    assert "a-name-that-nobody-would-want-to-type" in text
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    run("--results-dir", tmp_path)
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+def size_of(png):
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 200_000
+    return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+
+
+def test_pictures(tmp_path):
+    folder = make_six(tmp_path, 3, epochs=40)
+    make_run(tmp_path, "kd-ema-s0", 0, 10, 10, learned=False, epochs=1)
+    run("--results-dir", tmp_path)
+    assert size_of(folder / "comparison.png")[0] > 1000
+    history = runs.read_runs(folder)[0][0]["history"]
+    history[0]["val_loss"] = None  # as before the first validation, and where there is none
+    look.draw_curves(history, tmp_path / "curves.png", "teacher-s0", chance=0.1)
+    wide, high = size_of(tmp_path / "curves.png")
+    assert wide > 2 * high
+    look.draw_curves(history[:1], tmp_path / "one.png")
+    above_the_legend = Image.open(tmp_path / "one.png").convert("HSV").crop((0, 0, 1500, 500))
+    assert sum(above_the_legend.getchannel("S").histogram()[100:]) > 50  # one epoch is seen, too
+
+
+def test_lines_of_a_picture_can_be_told_apart():
+    styles = [look.style(key, 0) for key in runs.ROWS]
+    styles += [look.style("another", number) for number in range(10)]
+    assert len({str(style) for style in styles}) == len(styles)
+
+
+def test_no_torch():
+    code = "import sys, report; assert 'torch' not in sys.modules; sys.exit(7)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HOUSE).returncode == 7
+
+
+def test_publish_copies_the_small_files_only(tmp_path, capsys):
+    folder = make_six(tmp_path)
+    for name, size in (("best.pt", 9), ("checkpoint.pt", 9), ("curves.png", 1999)):
+        (folder / "kd-s0" / name).write_bytes(b"x" * size)
+    (folder / "teacher-s0" / "curves.png").write_bytes(b"x" * 200_000)
+    (folder / "kd-only-s1").mkdir()  # unfinished
+    target = tmp_path / "published" / "digits"
+    (target / "gone-s0").mkdir(parents=True)
+    result = run("publish", "--results-dir", tmp_path)
+    three = {"config.json", "metrics.csv", "final.json"}
+    found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert found == {"report.md", "report.json", "comparison.png", "kd-s0/curves.png"} | {
+        f"{name}-s0/{file}" for name in SIX for file in three}
+    assert (target / "kd-s0/final.json").read_bytes() == (folder / "kd-s0/final.json").read_bytes()
+    assert json.loads((target / "report.json").read_text()) == result
+    assert f"{target / 'gone-s0'} is not among these runs" in capsys.readouterr().out
+    # the published folder has the layout of any other, so a report can be made of it
+    again = run("--results-dir", tmp_path / "published")
+    assert rows_of(again) == rows_of(result)
+
+
+# ---- README -----------------------------------------------------------------------------------
+
+def test_readme_is_filled_and_checked(tmp_path, capsys):
+    make_six(tmp_path)
+    run("publish", "--results-dir", tmp_path)
+    page = tmp_path / "README.md"
+    words = ("readme", "--results-dir", tmp_path, "--readme", page)
+    page.write_text("# Tutor\n<!-- table:digits -->\nold\n<!-- /table -->\nmiddle <!-- plain -->\n"
+                    "<!-- comparisons:digits --><!-- /comparisons -->\nend\n", encoding="utf-8")
+    capsys.readouterr()
+    assert "is stale" in refused(capsys, *words, "--check", code=1)
+    assert "old" in page.read_text(encoding="utf-8")
+    assert run(*words)["changed"]
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Tutor\n<!-- table:digits -->\n\n| run | n | parameters |")
+    assert "| kd | 1 | 45.7 k | 3.2 M | 6 | 74.00 | 73.00 | 72.50 | 30 % | 42 |" in text
+    assert "\n\n<!-- /table -->\nmiddle <!-- plain -->\n<!-- comparisons:digits -->\n\n| c" in text
+    assert text.endswith("<!-- /comparisons -->\nend\n") and "old" not in text
+    assert run(*words) == {"readme": str(page), "changed": False}
+    assert not run(*words, "--check")["changed"]
+    page.write_text(text.replace("73.00", "93.00"), encoding="utf-8")  # typed by hand
+    refused(capsys, *words, "--check", code=1)
+
+
+@pytest.mark.parametrize("text, told", [
+    ("<!-- tabel:digits --><!-- /tabel -->", "unknown marker tabel:digits (choose from table"),
+    ("<!-- table:digits -->", "the last table is not closed by <!-- /table -->"),
+    ("<!-- table:digits --> <!-- table:digits --> <!-- /table -->", "<!-- /table --> should be"),
+    ("<!-- /table -->", "where a marker that opens should be"),
+    ("<!-- table:svhn --><!-- /table -->", "`make publish RECIPE=svhn` makes it")])
+def test_readme_with_wrong_markers_is_left_alone(tmp_path, capsys, text, told):
+    make_six(tmp_path)
+    run("publish", "--results-dir", tmp_path)
+    capsys.readouterr()
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    assert told in refused(capsys, "readme", "--results-dir", tmp_path, "--readme", page)
+    assert page.read_text() == text
+
+
+# ---- refusals ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, told", [
+    (["--recipe", "digtis"], "digtis"), (["--recip", "digits"], "--recip"),
+    (["--colour"], "--colour"), (["--check"], "--check"),
+    (["readme", "--recipe", "digits"], "--recipe"),
+    (["pubish"], "unknown command 'pubish' (choose from report, publish, readme)"),
+    (["readme", "--readme", "no/such.md"], "such.md: No such file")])
+def test_wrong_words(capsys, words, told):
+    assert told in refused(capsys, *words)
+
+
+def test_no_finished_run(tmp_path, capsys):
+    line = refused(capsys, "--results-dir", tmp_path)
+    assert f"`python train_teacher.py --recipe digits --results-dir {tmp_path}`" in line
+    assert "`make all RECIPE=digits`" in line
+    (tmp_path / "digits" / "teacher-s0").mkdir(parents=True)
+    assert "(unfinished: teacher-s0)" in refused(capsys, "--results-dir", tmp_path)
+
+
+def change(**changes):
+    def edit(path):
+        final = json.loads(path.read_text())
+        final.update(changes)
+        path.write_text(json.dumps({k: v for k, v in final.items() if v != "drop"}))
+    return edit
+
+
+@pytest.mark.parametrize("file, edit, told", [
+    ("final.json", lambda path: path.write_text(path.read_text()[:99]), "cut short"),
+    ("final.json", lambda path: path.write_text("[]"), "lacks 'seed'"),
+    ("final.json", change(learned="drop"), "lacks 'learned'"),
+    ("final.json", change(test_accuracy=None), "test_accuracy cannot be None"),
+    ("final.json", change(test_accuracy=70.5), "test_accuracy cannot be 70.5"),
+    ("final.json", change(macs="many"), "macs cannot be 'many'"),
+    ("config.json", lambda path: path.unlink(), "missing or cut short"),
+    ("metrics.csv", lambda path: path.write_text(path.read_text()[:-20]), "cut short"),
+    ("metrics.csv", lambda path: path.write_text("epoch,loss\n1,2\n"), "the column 'train_loss'"),
+    ("metrics.csv", lambda path: path.write_text("".join(path.open().readlines()[:4])),
+     "not its 6 epochs")])
+def test_broken_files_are_named(tmp_path, capsys, file, edit, told):
+    folder = make_six(tmp_path) / "kd-s0"
+    edit(folder / file)
+    line = refused(capsys, "--results-dir", tmp_path)
+    assert str(folder / file) in line and told in line
+    assert f"train this run again with --overwrite, or remove {folder}" in line
