@@ -22,8 +22,8 @@ TRAINING = {"train_teacher", "train_student", "distill"}
 
 
 def make(*words):
-    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *words], capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL)
+    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *words], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL)
 
 
 def test_there_are_commands_to_try():
