@@ -3,6 +3,7 @@
     python data.py --dataset digits                          make the arrays, print what they hold
     python data.py --dataset digits --show 32                and a picture of 32 images
     python data.py --dataset folder --data-dir data/cifar10
+    python data.py --dataset cifar10 --download              fetch the published files, no more
 
 A data set is read once into arrays below --data-dir; the next start maps those into memory. The
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
@@ -21,9 +22,10 @@ import torch
 from matplotlib.figure import Figure
 
 import digits
+import download
 import readers
 from common import generator, seed_for
-from flags import fail, number, parse
+from flags import SIDES, fail, number, parse
 
 CACHE_VERSION = 1      # of the arrays on disk: raised when what is stored changes
 
@@ -75,24 +77,39 @@ def make_arrays(read):
     order = shuffled(labels)
     arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
               "test_images": test_images, "test_labels": test_labels.astype(np.int64)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(arrays[name])
     mean, std = mean_and_std(images)
     return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
                         std=std, key=digest.hexdigest())
 
 
-def cached_arrays(folder, read):
-    """Return (arrays, facts) from a folder of .npy files, made by read() where it is not there."""
+def mapped(folder):
+    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None if there is no
+    such folder, or not all of it."""
     try:
         facts = json.loads((folder / "meta.json").read_text())
-        if facts["version"] == CACHE_VERSION:
-            return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
-                    ("train_images", "train_labels", "test_images", "test_labels")}, facts
-    except FileNotFoundError:
-        pass
-    arrays, facts = make_arrays(read)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
+                  ("train_images", "train_labels", "test_images", "test_labels")}
+    except (OSError, EOFError, ValueError):
+        return None
+    return (arrays, facts) if facts.get("version") == CACHE_VERSION else None
+
+
+def cached_arrays(folder, read):
+    """Return (arrays, facts) from a folder of .npy files, made by read() where it is not there.
+    Of several processes that start at once, one makes it."""
+    found = mapped(folder)
+    if found:
+        return found
+    with download.alone(folder.parent):
+        return mapped(folder) or kept(folder, *make_arrays(read))
+
+
+def kept(folder, arrays, facts):
+    """Write arrays and facts to a folder that appears whole or not at all; return both."""
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         aside.mkdir(parents=True)
@@ -100,8 +117,10 @@ def cached_arrays(folder, read):
             np.save(aside / f"{name}.npy", array)
         (aside / "meta.json").write_text(json.dumps(facts))
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use.
-        for old in folder.parent.glob(folder.name.rsplit("-", 1)[0] + "-*"):
-            if old != aside and not old.name.endswith(".part"):
+        kind = folder.name.rpartition("-")[0]
+        for old in folder.parent.iterdir():
+            if old == folder or (old.name.rpartition("-")[0] == kind and not old.name.endswith(
+                    ".part") and (old / "train_labels.npy").is_file()):
                 shutil.rmtree(old, ignore_errors=True)
         os.rename(aside, folder)
     except OSError as error:       # read-only data, say: learn from memory, decode again next time
@@ -112,8 +131,6 @@ def cached_arrays(folder, read):
 
 
 def open_digits(data_dir, size, fit):
-    if size != digits.SIDE:
-        fail(f"--image-size {size}: digits are {digits.SIDE}×{digits.SIDE}; leave it out")
     return cached_arrays(data_dir / f"digits-{digits.VERSION}",
                          lambda: (digits.splits(), range(10)))
 
@@ -124,19 +141,45 @@ def open_folder(data_dir, size, fit):
                          lambda: readers.read_folder(listing, size, fit))
 
 
-DATASETS = {"digits": open_digits, "folder": open_folder}
+def open_tinyimagenet(data_dir, size, fit):
+    root = download.ensure("tinyimagenet", data_dir)
+    listing = readers.tiny_listing(root / download.FOLDERS["tinyimagenet"])
+    return cached_arrays(root / ".arrays" / f"tinyimagenet-{readers.fingerprint(listing)}",
+                         lambda: readers.read_folder(listing, size, fit))
 
 
-def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=32,
+def published(name, read):
+    """Return an opener. The published checksums name the arrays; made once, they are enough."""
+    def open_set(data_dir, size, fit):
+        folder = download.root_of(name, data_dir) / ".arrays" / f"{name}-{download.key(name)}"
+        return cached_arrays(folder, lambda: read(download.ensure(name, data_dir)))
+    return open_set
+
+
+DATASETS = {
+    "digits": open_digits,
+    "cifar10": published("cifar10", readers.read_cifar10),
+    "svhn": published("svhn", readers.read_svhn),
+    "svhn-extra": published("svhn-extra", lambda root: readers.read_svhn(root, extra=True)),
+    "tinyimagenet": open_tinyimagenet,
+    "folder": open_folder,
+}
+
+
+def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=None,
          fit="resize"):
     """Return the Splits of a data set: train, val, test, mean, std, classes, key.
 
     labels: None for all, or how many train images keep theirs, the same number in each class,
     chosen by the seed; the others get -1. val_fraction of train is held out, whatever the seed.
+    image_size: None for the set's own. A published set that is not in data_dir is downloaded.
     """
     if name not in DATASETS:
         fail(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
-    arrays, facts = DATASETS[name](Path(data_dir), image_size, fit)
+    side = SIDES.get(name, image_size or 32)
+    if image_size not in (None, side):
+        fail(f"--image-size {image_size}: {name} is {side}×{side}; leave it out")
+    arrays, facts = DATASETS[name](Path(data_dir), side, fit)
     images, targets = arrays["train_images"], np.array(arrays["train_labels"])
     cut = len(images) - round(val_fraction * len(images))
     if cut < 1:
@@ -326,8 +369,11 @@ def draw_grid(batch, raw, splits, path):
 
 def main(argv=None):
     own = {"show": dict(type=number(int, 1, 1024), metavar="N", help="write a picture of N images"),
-           "out": dict(metavar="FILE", help="where to; default: <data-dir>/<dataset>.png")}
+           "out": dict(metavar="FILE", help="where to; default: <data-dir>/<dataset>.png"),
+           "download": dict(action="store_true", help="fetch the published files, no more")}
     args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)
+    if args.download:
+        return download.only(args.dataset, args.data_dir)
     splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
                   args.fit)
     facts = {part: len(split.labels) for part, split in zip(

@@ -31,6 +31,8 @@ DEFAULTS = dict(
     class_weight=0.5, class_cost="ce", ramp_up=5, warm_start=0, noise=None,
     init_from=None, freeze="none", unfreeze_at=0,
 )
+# Pixels a side; images of a folder get --image-size.
+SIDES = {"digits": 32, "cifar10": 32, "svhn": 32, "svhn-extra": 32, "tinyimagenet": 64}
 # Top level: both networks. "teacher", "student": one of them. "kd", "consistency": the student
 # under that objective.
 RECIPES = {
@@ -40,10 +42,32 @@ RECIPES = {
         teacher=dict(arch="digits-teacher", lr=5e-3),
         student=dict(arch="digits-student", lr=6e-3),     # few steps, so large ones
         consistency=dict(ema_decay=0.97)),                # 0.99 is not reached in 840 steps
-    "cifar10-he-max": dict(                # report 002
-        dataset="folder", data_dir="data/cifar10",
+    # The five reports. Epochs are theirs; what they leave open is chosen here, with its reason.
+    "tinyimagenet-meanteacher": dict(          # report 000
+        dataset="tinyimagenet", init="xavier", pool="avg", epochs=10,
+        teacher=dict(arch="tinyimagenet-teacher"), student=dict(arch="tinyimagenet-student"),
+        consistency=dict(class_cost="bce", warm_start=1,
+                         noise=(0.5, 0.5, 0.3, 0.1),           # visible, and readable by eye
+                         ema_decay=0.99)),
+    "tinyimagenet-kd": dict(                   # report 001: 0.7·CE + 0.3·T²·KL, T = 3
+        dataset="tinyimagenet", init="xavier", pool="avg", epochs=8,
+        teacher=dict(arch="tinyimagenet-teacher"), student=dict(arch="tinyimagenet-student"),
+        kd=dict(temperature=3.0, alpha=0.3), consistency=dict(ema_decay=0.99)),
+    "cifar10-he-max": dict(                    # report 002
+        dataset="cifar10",
         teacher=dict(arch="cifar10-he-max-teacher"),
         student=dict(arch="cifar10-he-max-student", lr=2e-3),   # shallow: takes larger steps
+        consistency=dict(ema_decay=0.99)),
+    "cifar10-xavier-avg": dict(                # report 003; of its three α the best printed
+        dataset="cifar10", init="xavier", pool="avg", epochs=15,
+        teacher=dict(arch="cifar10-xavier-avg-teacher"),
+        student=dict(arch="cifar10-xavier-avg-student"),
+        kd=dict(alpha=0.8),
+        consistency=dict(arch="cifar10-xavier-avg-teacher", ema_decay=0.99)),
+    "svhn-xavier-avg": dict(                   # report 004
+        dataset="svhn", init="xavier", pool="avg", augment="crop",      # house numbers: no mirror
+        teacher=dict(arch="svhn-xavier-avg-teacher", epochs=10),
+        student=dict(arch="svhn-xavier-avg-student", epochs=14),
         consistency=dict(ema_decay=0.99)),
 }
 
@@ -238,7 +262,9 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
                 spec = dict(spec, choices=list(choices[flag]))
             spec = dict(spec, help=spec["help"] + shown)
             section.add_argument("--" + flag, default=default, **spec)
+    parser.set_defaults(image_size=None)        # only a typed one is held against a set's own
     args = parser.parse_args(argv)
+    args.image_size = args.image_size or SIDES.get(args.dataset, defaults["image_size"])
     if "arch" in vars(args) and args.arch not in choices["arch"]:
         parser.error(f"argument --arch: unknown network {args.arch!r} "
                      f"(choose from {', '.join(choices['arch'])})")

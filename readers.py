@@ -1,17 +1,18 @@
-"""Image files → uint8 arrays: any size, any mode, one folder a class, decoded in parallel.
+"""Files → uint8 arrays: images of any size and mode in class folders, and three published sets.
 
     <root>/train/<class>/*    <root>/test/<class>/*  (or val/)
 """
 import hashlib
 import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flags import fail
+from flags import fail, say
 
 
 def resize(image, size):
@@ -151,3 +152,77 @@ def read_folder(listing, size, fit):
 def progress(items, what):
     return tqdm(items, what, leave=False, unit=" images", dynamic_ncols=True,
                 disable=not sys.stderr.isatty())
+
+
+# ---- published sets ---------------------------------------------------------------------------
+
+def read_cifar10(root):
+    """Return {"train": (images, labels), "test": ...} and the classes of root/cifar-10-batches-py;
+    torchvision opens no file of it before its MD5 fits."""
+    from torchvision.datasets import CIFAR10  # slow to import, and digits need none of it
+
+    with warnings.catch_warnings():     # of NumPy's, about how old the pickles are
+        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+        parts = {"train": CIFAR10(root, train=True), "test": CIFAR10(root, train=False)}
+    return ({name: (part.data, np.array(part.targets)) for name, part in parts.items()},
+            parts["train"].classes)
+
+
+def read_svhn(root, extra=False):
+    """Return the same of root/*_32x32.mat; extra: with the 531 131 easier train images."""
+    from torchvision.datasets import SVHN
+
+    arrays = {}
+    for name in ("train", "test", "extra")[:2 + extra]:
+        part = SVHN(root, name)                     # the files' label 10 is its 0
+        arrays[name] = part.data.transpose(0, 2, 3, 1), part.labels
+    if extra:
+        more = arrays.pop("extra")
+        arrays["train"] = tuple(np.concatenate(pair) for pair in zip(
+            arrays["train"], more, strict=True))
+    return arrays, range(10)
+
+
+TINY_TRAIN, TINY_VAL = 500, 50      # images of a class; val, which has labels, serves as test
+
+
+def tiny_lines(path):
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); put it there, "
+             "or remove the whole folder to have it made again from the archive")
+
+
+def tiny_listing(root):
+    """Return what folder_listing does of Tiny ImageNet's own layout, test being its val, whose
+    labels are in val_annotations.txt. Classes are those of wnids.txt that are there, in its order,
+    called by the first name in words.txt."""
+    wnids = [line for line in tiny_lines(root / "wnids.txt") if line]
+    words = dict(line.split("\t", 1) for line in tiny_lines(root / "words.txt") if "\t" in line)
+    there = {path.name for path in image_files(root / "val" / "images")}
+    labelled = {}
+    for line in tiny_lines(root / "val" / "val_annotations.txt"):
+        file, wnid = (*line.split("\t"), "", "")[:2]
+        if file in there:
+            labelled.setdefault(wnid, []).append(root / "val" / "images" / file)
+    listing = {"train": {}, "test": {}}
+    for wnid in wnids:
+        if not (root / "train" / wnid).is_dir():
+            continue
+        files, tests = image_files(root / "train" / wnid / "images"), labelled.get(wnid, [])
+        name = words.get(wnid, wnid).split(",")[0]
+        if not files or len(tests) != TINY_VAL:
+            fail(f"{root}: {len(files)} train and {len(tests)} labelled validation images of "
+                 f"{wnid} ({name}); of each class that is there it must hold some and "
+                 f"{TINY_VAL}; unpack the archive again")
+        name = wnid if name in listing["train"] else name       # two that share a name
+        listing["train"][name], listing["test"][name] = files, tests
+    found = len(listing["train"])
+    if found < 2:
+        fail(f"{root}/train: {found} of the classes in wnids.txt; at least 2 are needed")
+    images, whole = sum(map(len, listing["train"].values())), found * TINY_TRAIN
+    if found < len(wnids) or images < whole:
+        say(f"{root}: a part, {found} of {len(wnids)} classes, {images} of their {whole} train "
+            "images")
+    return listing

@@ -35,15 +35,15 @@ def test_a_finished_run_is_kept(done, capsys):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (("--lr", "0.02"), ("lr", "0.01", "0.02")), (("--epochs", "3"), ("epochs", "1", "3")),
-    (("--labels", "40"), ("labels", "None", "40")), (("--pool", "avg"), ("pool", "max", "avg")),
+    (("--lr", "0.02"), ("lr 0.01", "0.02")), (("--epochs", "3"), ("epochs 1 ", "3")),
+    (("--labels", "40"), ("labels None", "40")), (("--pool", "avg"), ("pool max", "avg")),
     (("--image-size", "8"), ("image_size", "data_key")),
-    (("--precision", "bf16"), ("precision", "fp32", "bf16"))])
+    (("--precision", "bf16"), ("precision fp32", "bf16"))])
 def test_a_finished_run_with_other_settings_is_refused(done, capsys, flags, named):
     words, folder, final = done
     before = times(folder)
     for more in ((), ("--resume",)):
-        tiny.refused(capsys, train_student, [*words, *flags, *more], folder, "finished", *named,
+        tiny.refused(capsys, train_student, [*words, *flags, *more], folder, "finished with", *named,
                      "--overwrite", "--run")
     assert times(folder) == before
     assert train_student.main([*words, *flags, "--run", "other", "--dry-run"])
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(easy, tmp
 
     # unfinished: refused by name, without harm
     before = times(folder)
-    tiny.refused(capsys, train_student, words, folder, "unfinished", "--resume", "--overwrite")
+    tiny.refused(capsys, train_student, words, folder, "an unfinished run", "--resume", "--overwrite")
     tiny.refused(capsys, train_student, [*words, "--resume", "--lr", 0.02], folder, "begun", "lr",
                  "0.02")
     assert times(folder) == before

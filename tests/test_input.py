@@ -180,7 +180,7 @@ def test_an_image_that_does_not_decode(folder, tmp_path, capsys, damage):
 def test_a_bomb_is_refused(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     line = refused(capsys, folder, tmp_path, folder / "train" / "blue" / "0.png")
-    assert "bomb" in line
+    assert "decompression bomb" in line
 
 
 def test_too_few_images_of_a_class_for_the_labels(folder, tmp_path, capsys):
