@@ -1,4 +1,4 @@
-"""Shapes, parameters and multiply-adds, each with its formula and numbers. No network is built.
+"""Shapes, parameters, multiply-adds, each with its formula. No network is built.
 
     python calc.py shape 3x64x64 conv:out=32,k=5,p=2 relu max:2 conv:64,k=3,p=1 fc:128 dropout:0.5
     python calc.py mlp 50 10 1 --samples 1000 --batch-size 10 --epochs 100
@@ -10,8 +10,8 @@
     python calc.py select --programme btech --roll 052 --birth 18/03/02
     python calc.py reports
 
-`calc.py COMMAND --help` explains one. --json prints the answer as JSON, calc.main([...]) returns it
-as a dict. Multiply-adds (macs) of convolutions and matrix products, for one image or sequence.
+COMMAND --help explains one, --json prints JSON, calc.main([...]) gives a dict.
+Macs are multiply-adds of convolutions and matrix products, for one input.
 """
 import inspect
 import json
@@ -44,9 +44,8 @@ ITEM = r"([a-z]+=)?(\d?\.\d+|\d{1,9}(x\d{1,9})?|same)"      # key=value
 ONE, TWO = (r"[1-9]\d*", "from 1"), (r"[1-9]\d*(x[1-9]\d*)?", "from 1, as 5 or 5x6")
 BIT, ZERO = ("[01]", "0 or 1"), (r"\d+(x\d+)?", "from 0, as 1 or 1x2")
 VALUES = dict(out=ONE, groups=ONE, k=TWO, s=TWO, d=TWO, size=TWO, bias=BIT, ceil=BIT, op=ZERO,
-              p=(f"{ZERO[0]}|same", f"{ZERO[1]}; or same"), rate=(r"0?\.\d+|[01]", "0 to 1"))
-# Matrices: name, shape, parameters, multiply-adds. t tokens, w width, h heads.
-ATTENTION = (
+              p=(f"{ZERO[0]}|same", f"{ZERO[1]}; or same"), rate=(r"0?\.\d+|[01](\.0+)?", "0 to 1"))
+ATTENTION = (      # name, shape, parameters, multiply-adds; t tokens, w width, h heads
     ("embedding X", "t w", "0", "0"),
     ("X + positional encoding, added once", "t w", "0", "0"),
     ("W_Q, W_K, W_V of each head", "w head_width", "3·h·(w·head_width + head_width)", "0"),
@@ -57,23 +56,23 @@ ATTENTION = (
     ("W_O, the last linear layer", "joined w", "joined·w + w", "t·joined·w"))
 VIT = (      # b blocks, each with two layer norms; m the MLP's width, c classes
     ("patch embedding", "patches w", "pixels·w + w", "patches·pixels·w"),
-    ("class token and positions added", "tokens w", "w + positions_numbered_on", "0"),
+    ("class token, positions numbered on", "tokens w", "w + positions_numbered_on", "0"),
     ("layer norms", "tokens w", "(2·b + 1)·2·w", "0"),
     ("Q, K, V and last linear layers", "tokens w", "b·4·(w·w + w)", "b·4·tokens·w·w"),
     ("scores, weighted sums of V", "tokens tokens", "0", "b·2·tokens·tokens·w"),
     ("MLPs", "tokens w", "b·(2·w·m + m + w)", "b·2·tokens·w·m"),
     ("classifier of the class token", "c", "w·c + c", "w·c"))
-# Positions: width of a part (2d: row, column; sincos: sine, cosine of each), parameters if patches
+# Positions: width of an axis (2d: row, column; sincos: sine, cosine of each), parameters if patches
 # are numbered on from page to page, or if pages differ by a vector each (arXiv 2010.11929, D.4).
 POSITIONS = {
     "learned": ("w", "(patches + 1)·w", "(rows·columns + 1 + pages)·w"),
-    "2d": ("w / 2", "(pages·rows + columns)·part", "(rows + columns)·part + pages·w"),
+    "2d": ("w / 2", "(pages·rows + columns)·axis_width", "(rows + columns)·axis_width + pages·w"),
     "sincos": ("w / 4", "0", "pages·w")}
 GATES, ROLES = dict(rnn=1, gru=3, lstm=4), ("teacher", "student")
 # A command's arguments are those of the command line, flags after the star, read as annotated.
 INT, ON = dict(type=number(int, 1, 10**9)), dict(action="store_true")
-SIDES = dict(type=lambda text: [INT["type"](side) for side in text.split("x", 2)])
-PIXELS = dict(type=lambda text: [INT["type"](side) for side in text.split("x", 1)])
+SIDES = dict(metavar="CxHxW", type=lambda text: [*map(INT["type"], text.split("x", 2))])
+PIXELS = dict(metavar="HxW", type=lambda text: [*map(INT["type"], text.split("x", 1))])
 
 
 def shown(value):
@@ -83,8 +82,9 @@ def shown(value):
     return "×".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def columns(first, *others):
-    return f"{first:<35}" + "".join(f"{shown(value):>15}" for value in others)
+def columns(*values):
+    name, value, *rest = map(shown, values)      # two spaces between: one separates thousands
+    return f"{name} {value.rjust(45 - len(name))}" + "".join(f"  {v:>15}" for v in rest)
 
 
 def work(formula, numbers):
@@ -145,7 +145,7 @@ def one_side(formula, ceil, n, k, s, p, d, op):
     size, step = work(formula.replace("(d·(k − 1) + 1)", "k") if d == 1 else formula,
                       dict(n=n, k=k, s=s, p=p, d=d, op=op))
     if size < 1 or op and op >= max(s, d):
-        raise ValueError(f"{step}: must be 1 or more, and op={op} less than stride or dilation")
+        raise ValueError(f"{step}: nothing left" if size < 1 else f"op={op} not below s={s}, d={d}")
     return size, step
 
 
@@ -182,7 +182,8 @@ def one_layer(text, shape):
         raise ValueError(f"groups={groups} must divide its {c} input channels and out={out}")
     n = dict(c=c, n=c * h * w, out=out, groups=groups, h=h, w=w)
     rest = shape[1:] if side is None else o.get("size", [])
-    steps = ["flattens by itself: " + work("c·h·w", n)[1]] * (side == "" and len(shape) == 3)
+    flattens, how = side == "" and len(shape) == 3, "flattens by itself: " * (kind == "fc")
+    steps = [how + work("c·h·w", n)[1]] * flattens
     if side in (SLIDE, UNSLIDE):
         (H, up), (W, across) = (one_side(side, o.get("ceil", [None])[0], *values) for values in zip(
             (h, w), o["k"], o["s"], o["p"], o.get("d", (1, 1)), o.get("op", (0, 0)), strict=True))
@@ -196,8 +197,8 @@ def one_layer(text, shape):
 def shape(input: SIDES, layers: dict(nargs="+")):
     """What each layer of a chain puts out, with its parameters and multiply-adds.
 
-    INPUT is CxHxW, HxW (one channel) or N, a layer kind:key=value,key=value; the first value needs
-    no key. k kernel (5x6: 5 high), s stride, p padding, d dilation, op output padding. Kinds:
+    INPUT is CxHxW, HxW (one channel) or N, a layer kind:value,key=value,... with
+    k kernel (5x6: 5 high), s stride, p padding, d dilation, op output padding:
     """
     size, parts = [1] * (len(input) == 2) + input, []
     for place, text in enumerate(layers, 1):
@@ -211,7 +212,7 @@ def shape(input: SIDES, layers: dict(nargs="+")):
 
 def mlp(inputs: INT, layers: dict(INT, nargs="+"), *, samples: INT = 1, batch_size: INT = 1,
         epochs: INT = 1):
-    """Weights, biases and updates of a fully connected network, from its inputs to its outputs."""
+    """Weights, biases and updates of a fully connected network."""
     pairs = list(zip([inputs, *layers], layers, strict=False))
     answer, lines = solve(
         [(f"fc:{o}", [o], f"{n}·{o} + {o}", f"{n}·{o}") for n, o in pairs],
@@ -231,23 +232,23 @@ def mlp(inputs: INT, layers: dict(INT, nargs="+"), *, samples: INT = 1, batch_si
 
 def attention(*, width: INT, heads: INT, tokens: INT = None, text: {} = "", head_width: INT = None):
     """Each matrix of self-attention, from the embedding to the last linear layer.
-    A head: width / heads (Vaswani et al. 2017, 3.2.2; torch), or --head-width (report 003)."""
+    A head: width / heads (torch; arXiv 1706.03762), or --head-width (report 003)."""
     if bool(tokens) == bool(text.split()):
         raise ValueError("give either --tokens N or --text with a word or more")
     n = dict(t=tokens or len(text.split()), w=width, h=heads, width=width, heads=heads)
     answer, lines = solve(ATTENTION, n, tokens="t", head_width=str(head_width or "width / heads"),
                           joined="h·head_width")
-    kind = "usual" if n["joined"] == width else "--head-width, as in report 003"
+    kind = "usual" if n["joined"] == width else "--head-width (report 003: the full one)"
     return {"convention": kind, **answer}, [f"convention: {kind}", *lines]
 
 
 def vit(*, image: PIXELS, patch: PIXELS, width: INT, depth: INT, heads: INT, mlp: INT,
         classes: INT = 1000, pages: INT = 1, positions: dict(choices=POSITIONS) = "learned"):
-    """Tokens, positions, parameters and multiply-adds of a vision transformer (arXiv 2010.11929).
-    --pages make one sequence. --positions 2d: half of a vector for the row, half for the column."""
+    """Tokens, positions, parameters, macs of a vision transformer (arXiv 2010.11929).
+    --pages make one sequence. --positions 2d: half the row, half the column."""
     n = dict(w=width, width=width, heads=heads, b=depth, m=mlp, c=classes, pages=pages,
              height=image[0], length=image[-1], patch=patch[0], patch_side=patch[-1])
-    names = "part", "positions_numbered_on", "positions_per_page"
+    names = "axis_width", "positions_numbered_on", "positions_per_page"
     return solve(VIT, n, rows="height / patch", columns="length / patch_side",
                  patches="pages·rows·columns", tokens="patches + 1", head_width="width / heads",
                  pixels="3·patch·patch_side", **dict(zip(names, POSITIONS[positions], strict=True)))
@@ -256,7 +257,7 @@ def vit(*, image: PIXELS, patch: PIXELS, width: INT, depth: INT, heads: INT, mlp
 def rnn(*, cell: dict(choices=GATES), input: INT, hidden: INT, bidirectional: ON = False,
         layers: dict(type=number(int, 1, 1000)) = 1, length: INT = 100,
         radius: dict(type=number(float, 1e-9, 1e9)) = 0.9):
-    """Parameters of an RNN as torch counts; --length steps of a gradient at a spectral --radius."""
+    """Parameters as torch counts; gradient over --length steps at a spectral --radius."""
     answer, lines = solve(
         [(f"layer {k}, a step", "output", f"D·g·(h·{i} + h·h + 2·h)", f"D·g·(h·{i} + h·h)")
          for k, i in enumerate(["i"] + ["output"] * (layers - 1), 1)],
@@ -264,12 +265,12 @@ def rnn(*, cell: dict(choices=GATES), input: INT, hidden: INT, bidirectional: ON
     answer |= {name: answer["parameters"] // GATES[cell] * g for name, g in GATES.items()}
     answer["gradient_log10"] = {str(t): t * math.log10(radius) for t in sorted({1, 10, length})}
     return answer, [*lines, *(f"parameters as {name}: {shown(answer[name])}" for name in GATES), *(
-        f"gradient {t} steps back, before tanh shrinks it: about {radius}^{t} = 10^{log:.3f}"
+        f"plain RNN's gradient {t} back, tanh aside: about {radius}^{t} = 10^{log:.3f}"
         for t, log in answer["gradient_log10"].items())]
 
 
-def arch(recipe: dict(choices=RECIPES), *, batch_size: INT = 128):
-    """Layers of a recipe's teacher and student; totals, bytes of weights and of all outputs."""
+def arch(recipe: dict(choices=RECIPES, metavar="RECIPE"), *, batch_size: INT = 128):
+    """Layers of a recipe's teacher and student; totals, bytes of weights and outputs."""
     from models import ARCHITECTURES
     answer, lines, (side, classes) = {}, [], (64, 200) if recipe[:4] == "tiny" else (32, 10)
     for role in ROLES:
@@ -291,8 +292,8 @@ def arch(recipe: dict(choices=RECIPES), *, batch_size: INT = 128):
         key.replace("_", " "), a[key], b[key], ratio) for key, ratio in answer["ratio"].items())]
 
 
-def init(recipe: dict(choices=RECIPES), *, init: {} = None, out: dict(type=Path) = None):
-    """Standard deviation of outputs and gradients of a teacher's layers, fed with noise."""
+def init(recipe: dict(choices=RECIPES, metavar="RECIPE"), *, init: {} = None, out: dict(type=Path) = None):
+    """Standard deviation of each output and gradient of a teacher's layers, on noise."""
     import torch
     from matplotlib.figure import Figure
 
@@ -325,7 +326,7 @@ def init(recipe: dict(choices=RECIPES), *, init: {} = None, out: dict(type=Path)
 
 def select(*, programme: dict(choices=("btech", "mtech")), roll: {}, birth: {}, guess: ON = False):
     """The parts of a training that a roll number ABC and a birth date DD/MM/YY select.
-    A rule holds inside the programme it was seen in; elsewhere --guess goes by parity alone."""
+    A rule holds inside the programme it was seen in; --guess: elsewhere by parity."""
     if not re.fullmatch(r"\d{3} (?!3[01]/02|31/(0[469]|11))(0[1-9]|[12]\d|3[01])/(0[1-9]|1[0-2])"
                         r"(/\d\d|/\d{4})?", f"{roll} {birth}", re.ASCII):
         raise ValueError(f"--roll {roll!r} --birth {birth!r}: give ABC as 052, a day as 18/03/02")
@@ -342,7 +343,7 @@ def select(*, programme: dict(choices=("btech", "mtech")), roll: {}, birth: {}, 
 
 
 def reports():
-    """Every question of the reports: the answer with its steps, what was printed, the verdict."""
+    """Every question of the reports: answer, steps, what was printed, verdict."""
     questions, lines = json.loads(REPORTS.read_text("utf-8"))["questions"], []
     for q in questions:
         lines += ["", f"{q['point']}. Report {q['report']}", *q["question"]]
@@ -356,9 +357,9 @@ def reports():
             c |= dict(true=true, verdict="right" if true == c["printed"] else "wrong")
             lines += [f"{c['what']}: {shown(true)}, printed {shown(c['printed'])}: {c['verdict']}"]
         q["answers"] = [answer for answer, *_ in found]
-        verdicts = [c["verdict"] for c in q["checks"]]
-        q["verdict"] = f"Verdict: figures printed {len(verdicts)}, wrong {verdicts.count('wrong')}."
-        lines += [q["verdict"], *q["remark"]]
+        v = [c["verdict"] for c in q["checks"]]
+        q["verdict"] = f"{v.count('wrong')} of {len(v)} printed are wrong" if v else "none printed"
+        lines += [f"Verdict: {q['verdict']}.", *q["remark"]]
     return dict(questions=questions), lines
 
 
@@ -367,18 +368,17 @@ COMMANDS = {f.__name__: f for f in (shape, mlp, attention, vit, rnn, arch, init,
 
 def ask(argv):
     """-> (answer, lines, whether JSON is wanted) of a command line."""
-    parser = Parser(description=__doc__)
-    parser.usage = None
+    parser = Parser(description=__doc__, usage=None)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         text = inspect.getdoc(function) + "".join(
             f"\n  {kind:<9} {keys[0]}".rstrip() for kind, keys in KINDS.items() if name == "shape")
-        command = commands.add_parser(name, help=text.split("\n")[0], description=text)
-        command.usage = None
+        command = commands.add_parser(name, help=text.split("\n")[0], description=text, usage=None)
         command.add_argument("--json", action="store_true", help="the answer as JSON")
         for key, p in inspect.signature(function).parameters.items():
-            flag = p.kind is p.KEYWORD_ONLY
-            extra = dict(default=p.default, required=p.default is p.empty) if flag else {}
+            flag, given = p.kind is p.KEYWORD_ONLY, p.default
+            note = f"default: {given}" * (given not in (p.empty, None, False, ""))
+            extra = dict(default=given, required=given is p.empty, help=note) if flag else {}
             command.add_argument("--" * flag + key.replace("_", "-"), **p.annotation, **extra)
     args = vars(parser.parse_args(words(argv)))
     function, as_json = COMMANDS[args.pop("command")], args.pop("json")

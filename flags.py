@@ -250,8 +250,9 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
     defaults |= dict(objective=early.objective) if callable(role) else {}
 
     parser = Parser(description=doc)
-    parser.add_argument("--recipe", choices=RECIPES, default="digits",
-                        help=f"sets the defaults of the flags below, shown for {recipe}")
+    parser.add_argument("--recipe", choices=RECIPES, default="digits", metavar="NAME",
+                        help=f"one of {', '.join(RECIPES)}; sets the defaults of the flags below, "
+                             f"shown for {recipe}")
     for group in (*groups, *([own] if own else ())):
         title, specs = (group, FLAGS[group]) if isinstance(group, str) else ("this script", group)
         section = parser.add_argument_group(title)

@@ -315,8 +315,8 @@ def parse(command, argv):
         parser.add_argument("--readme", default="README.md", metavar="FILE", help="(%(default)s)")
         parser.add_argument("--check", action="store_true", help="exit 1 if stale; write nothing")
     else:
-        parser.add_argument("--recipe", choices=RECIPES, default="digits",
-                            help="whose runs (%(default)s)")
+        parser.add_argument("--recipe", choices=RECIPES, default="digits", metavar="NAME",
+                            help=f"whose runs: {', '.join(RECIPES)} (%(default)s)")
     return parser.parse_args(argv)
 
 

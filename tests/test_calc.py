@@ -5,6 +5,7 @@ The modules are built on the meta device, where shapes are computed and numbers 
 import itertools
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -193,6 +194,7 @@ def test_fc_flattens_by_itself_and_says_so(capsys):
     by_itself, flat = (ask(f"shape 3x4x5 {layers}") for layers in ("fc:7", "flatten fc:7"))
     assert by_itself["parameters"] == flat["parameters"] == 60 * 7 + 7
     assert "flattens by itself: 3·4·5 = 60" in by_itself["layers"][0]["formula"]
+    assert flat["layers"][0]["formula"] == "3·4·5 = 60"      # it was asked to
     assert "flattens by itself: 3·4·5 = 60" in capsys.readouterr().out
 
 
@@ -217,7 +219,7 @@ def test_exact_where_floats_are_not():
     ("shape 3x8x8 max:2,s=1x0", ["s=1x0"]),
     ("shape 3x8x8 conv:4,k=3,p=same,s=2", ["p=same", "stride 1"]),
     ("shape 3x8x8 max:3,p=same", ["p=same is for conv"]),
-    ("shape 3x8x8 deconv:3,k=3,op=1", ["op=1"]),
+    ("shape 3x8x8 deconv:3,k=3,op=1", ["op=1 not below s=1, d=1"]),
     # malformed: the character
     ("shape 3x8x8 relu conv:out=32,,k=5", ["layer 2", "character 13, at ',k=5'"]),
     ("shape 3x8x8 conv:out=32,k=5y6", ["character 16, at 'y6'"]),
@@ -251,7 +253,7 @@ def test_exact_where_floats_are_not():
     ("shape 10 max:2", ["layer 1", "10"]),
     # the rest of the command line
     ("shape 3x8", ["layers"]),
-    ("shape 3y8 relu", ["3y8"]),
+    ("shape 3y8 relu", ["3y8", "CxHxW"]),
     ("shape 1x2x3x4 relu", ["3x4"]),
     ("shape 0x8x8 relu", ["'0'"]),
     ("shape 3x8x8 relu --jso", ["--jso"]),
@@ -493,7 +495,7 @@ def test_init_measures_the_real_networks(tmp_path):
 # ---- the reports ---------------------------------------------------------------------------------
 
 T12, T7 = "12 conv + 1 pool, 12 filters first", "7 conv + 1 pool, 6 filters first"
-UNKNOWN = "unknown, the recipe's own stays"
+UNKNOWN, UNKNOWN_FC = "unknown, the recipe's own stays", "unknown, each network's own stays"
 
 
 @pytest.mark.parametrize("words, values", [
@@ -503,13 +505,13 @@ UNKNOWN = "unknown, the recipe's own stays"
                                              "4 conv + 1 pool", "one hidden FC of 512"]),     # 001
     ("btech --roll 052 --birth 18/03/02", ["CIFAR-10", "He, max", T7, "2 conv + 1 pool",
                                            "one hidden FC of 256"]),                          # 002
-    ("btech --roll 051 --birth 17/04", ["SVHN"] + [UNKNOWN] * 4),                             # 004
+    ("btech --roll 051 --birth 17/04", ["SVHN"] + [UNKNOWN] * 3 + [UNKNOWN_FC]),              # 004
     ("btech --roll 056 --birth 17/04", ["CIFAR-10", UNKNOWN, UNKNOWN, UNKNOWN,
                                         "one hidden FC of 256"]),
-    ("mtech --roll 004 --birth 18/03", ["Tiny ImageNet"] + [UNKNOWN] * 4),
+    ("mtech --roll 004 --birth 18/03", ["Tiny ImageNet", UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN_FC]),
     ("btech --guess --roll 051 --birth 17/04", ["SVHN", "Xavier, average (a guess)",
                                                 "8 conv (a guess)", "4 conv + 1 pool (a guess)",
-                                                UNKNOWN]),
+                                                UNKNOWN_FC]),
     ("btech --guess --roll 052 --birth 18/03/02", ["CIFAR-10", "He, max", T7, "2 conv + 1 pool",
                                                    "one hidden FC of 256"]),
 ])
@@ -533,6 +535,28 @@ def test_select_names_what_is_missing_and_marks_guesses(capsys):
                 assert choice["flags"] == "" and "rule: " not in choice["why"]
             elif not guess:
                 assert choice["why"].startswith("rule: ")
+
+
+def test_select_says_where_a_network_has_another_hidden_layer(monkeypatch):
+    """No flag sets that layer: it comes with --arch, or with the recipe."""
+    for recipe in RECIPES:
+        complete(monkeypatch, recipe)
+    seen = set()
+    for programme, roll, day, guess in itertools.product(
+            ("btech", "mtech"), range(50, 62), (17, 18), ("", " --guess")):
+        answer = ask(f"select --programme {programme} --roll {roll:03} --birth {day}/03{guess}")
+        found, others = answer["choices"]["classifier"], {}
+        for role, command in zip(("teacher", "student"), answer["commands"], strict=False):
+            words = dict(zip(*[iter(command.split()[2:])] * 2, strict=True))
+            arch = words.get("--arch", flags.settings(words["--recipe"], role)["arch"])
+            (width,) = models.ARCHITECTURES[arch]["hidden"]
+            if "FC of" in found["value"] and not found["value"].endswith(f" {width}"):
+                others[role] = width
+        who = "networks have" if len(others) == 2 else f"{''.join(others)} has"
+        seen.add(who)
+        assert found["why"].endswith(f"{who} {max(others.values())}" if others else ")") or (
+            "unknown" in found["value"] and not others), (answer, others)
+    assert seen == {" has", "teacher has", "student has", "networks have"}
 
 
 def test_select_prints_commands_that_exist(capsys):
@@ -642,7 +666,18 @@ def test_fits_80_columns(words, capsys):
         assert len(line) <= 80 or "python " in line, line
 
 
-def test_examples_and_help(capsys, tmp_path):
+def test_columns_stand_apart(capsys):
+    """One space parts thousands, so two part columns, however large the numbers."""
+    answer = ask([*VIT_B, "--depth", "99", "--pages", "3"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLPs")]
+    assert answer["layers"][5]["macs"] > 10**11
+    assert re.split("  +", rows[0]) == [
+        "MLPs", "589×768", *map(calc.shown, (answer["layers"][5][key]
+                                             for key in ("parameters", "macs")))]
+
+
+def test_examples_and_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     examples = [line.split("calc.py ")[1] for line in calc.__doc__.splitlines()
                 if line.startswith("    python calc.py")]
     assert [words.split()[0] for words in examples] == list(calc.COMMANDS)
@@ -655,6 +690,7 @@ def test_examples_and_help(capsys, tmp_path):
         assert stop.value.code == 0
         out = capsys.readouterr().out
         assert "usage: " in out and "[--flag value" not in out
+        assert all(len(line) <= 80 or "python " in line for line in out.splitlines()), out
     with pytest.raises(SystemExit):
         ask("shape --help")
     out = capsys.readouterr().out

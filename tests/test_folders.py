@@ -43,8 +43,8 @@ def test_a_finished_run_with_other_settings_is_refused(done, capsys, flags, name
     words, folder, final = done
     before = times(folder)
     for more in ((), ("--resume",)):
-        tiny.refused(capsys, train_student, [*words, *flags, *more], folder, "finished with", *named,
-                     "--overwrite", "--run")
+        tiny.refused(capsys, train_student, [*words, *flags, *more], folder, "finished with",
+                     *named, "--overwrite", "--run")
     assert times(folder) == before
     assert train_student.main([*words, *flags, "--run", "other", "--dry-run"])
 
@@ -116,7 +116,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(easy, tmp
 
     # unfinished: refused by name, without harm
     before = times(folder)
-    tiny.refused(capsys, train_student, words, folder, "an unfinished run", "--resume", "--overwrite")
+    tiny.refused(capsys, train_student, words, folder, "an unfinished run", "--resume",
+                 "--overwrite")
     tiny.refused(capsys, train_student, [*words, "--resume", "--lr", 0.02], folder, "begun", "lr",
                  "0.02")
     assert times(folder) == before

@@ -124,8 +124,25 @@ def test_every_recipe_names_networks_that_exist():
     for recipe in RECIPES:
         pair = [settings(recipe, role)["arch"] for role in ("teacher", "student")]
         assert set(pair) <= models.ARCHITECTURES.keys() and pair[0] != pair[1]
-        for role in ("kd", "kd-only", "consistency"):
+        for role in ("kd", "kd-only"):
             assert settings(recipe, role)["arch"] == pair[1]
+        # Both networks of report 003's EMA pair are its teacher.
+        assert settings(recipe, "consistency")["arch"] == pair[recipe != "cifar10-xavier-avg"]
+
+
+@pytest.mark.parametrize("recipe, role, facts", [
+    ("tinyimagenet-meanteacher", "student", dict(init="xavier", pool="avg", epochs=10)),
+    ("tinyimagenet-meanteacher", "consistency", dict(class_cost="bce", warm_start=1)),
+    ("tinyimagenet-kd", "teacher", dict(init="xavier", pool="avg", epochs=8)),
+    ("tinyimagenet-kd", "kd", dict(temperature=3, alpha=0.3)),      # 0.7·CE + 0.3·T²·KL
+    ("cifar10-he-max", "teacher", dict(init="he", pool="max", epochs=20)),
+    ("cifar10-xavier-avg", "student", dict(pool="avg")),
+    ("cifar10-xavier-avg", "kd", dict(alpha=0.8)),
+    ("svhn-xavier-avg", "teacher", dict(init="xavier", pool="avg", epochs=10)),
+    ("svhn-xavier-avg", "student", dict(init="xavier", pool="avg", epochs=14))])
+def test_recipe_against_its_report(recipe, role, facts):
+    found = settings(recipe, role)
+    assert {key: found[key] for key in facts} == facts
 
 
 @pytest.mark.parametrize("activation", models.ACTIVATIONS)
