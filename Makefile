@@ -52,7 +52,7 @@ kd: $(READY)  ## the student from the teacher and the labels
 kd-only: $(READY)  ## the student from the teacher alone
 	$(PYTHON) distill.py --objective kd-only $(SHARED)
 
-kd-ema: $(READY)  ## the student from its own average and the labels; not in all
+kd-ema: $(READY)  ## the student from its own average; not in all
 	$(PYTHON) distill.py --teacher ema $(SHARED)
 
 mean-teacher: $(READY)  ## the student consistent with its own average (EMA)
@@ -78,7 +78,7 @@ lint: $(READY)  ## ruff, a tool for development, installed on first use
 	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements-dev.txt
 	$(PYTHON) -m ruff check .
 
-clean:  ## remove .venv, results, caches; keep results/published, data
+clean:  ## remove .venv, results, caches; keep what is published
 	rm -rf $(if $(VENV),$(VENV)) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 	find results -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} + 2>/dev/null || true
 

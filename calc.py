@@ -71,6 +71,7 @@ POSITIONS = {
 GATES, ROLES = dict(rnn=1, gru=3, lstm=4), ("teacher", "student")
 # A command's arguments are those of the command line, flags after the star, read as annotated.
 INT, ON = dict(type=number(int, 1, 10**9)), dict(action="store_true")
+NAME = dict(choices=RECIPES, metavar="RECIPE")
 SIDES = dict(metavar="CxHxW", type=lambda text: [*map(INT["type"], text.split("x", 2))])
 PIXELS = dict(metavar="HxW", type=lambda text: [*map(INT["type"], text.split("x", 1))])
 
@@ -269,7 +270,7 @@ def rnn(*, cell: dict(choices=GATES), input: INT, hidden: INT, bidirectional: ON
         for t, log in answer["gradient_log10"].items())]
 
 
-def arch(recipe: dict(choices=RECIPES, metavar="RECIPE"), *, batch_size: INT = 128):
+def arch(recipe: NAME, *, batch_size: INT = 128):
     """Layers of a recipe's teacher and student; totals, bytes of weights and outputs."""
     from models import ARCHITECTURES
     answer, lines, (side, classes) = {}, [], (64, 200) if recipe[:4] == "tiny" else (32, 10)
@@ -292,7 +293,7 @@ def arch(recipe: dict(choices=RECIPES, metavar="RECIPE"), *, batch_size: INT = 1
         key.replace("_", " "), a[key], b[key], ratio) for key, ratio in answer["ratio"].items())]
 
 
-def init(recipe: dict(choices=RECIPES, metavar="RECIPE"), *, init: {} = None, out: dict(type=Path) = None):
+def init(recipe: NAME, *, init: {} = None, out: dict(type=Path) = None):
     """Standard deviation of each output and gradient of a teacher's layers, on noise."""
     import torch
     from matplotlib.figure import Figure

@@ -234,12 +234,12 @@ def tell_time(batches, total):
         yield batch
 
 
-def stop_unless_finite(losses, epoch, lr, folder):
+def stop_unless_finite(losses, epoch, lr, folder, what="step"):
     """End with exit code 3 at the first loss that is not finite, naming epoch and step."""
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
-            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
-            fail(f"the loss is {loss} at epoch {epoch}, step {step} (learning rate now {lr:.2g}); "
+            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is kept"
+            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate {lr:.2g}); "
                  f"{kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
 
 
@@ -284,7 +284,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
-        stop_unless_finite([row["val_loss"] or 0.0], epoch, lr, folder)
+        stop_unless_finite([row["val_loss"] or 0.0], epoch, lr, folder, "validation")
         row |= dict(lr=lr, seconds=time.perf_counter() - started,
                     images_per_second=steps * train.step_size / trained)
         history.append(row)

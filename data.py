@@ -272,7 +272,8 @@ class Batches:
         total, size = len(self.labelled) + len(self.unlabelled), self.step_size
         if not len(self.unlabelled):
             return shuffle(self.labelled, total // size * size).view(-1, size)
-        taught = min(max(1, round(size * LABELLED_SHARE)), size - 1) if len(self.labelled) else 0
+        share = max(LABELLED_SHARE, len(self.labelled) / total)
+        taught = min(max(1, round(size * share)), size - 1) if len(self.labelled) else 0
         steps = max(1, len(self.unlabelled) // (size - taught))
         free = shuffle(self.unlabelled, steps * (size - taught)).view(steps, -1)
         if not taught:

@@ -11,6 +11,7 @@
 The same seed sees the same batches and starts from the same student as train_student.py.
 """
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def find_teacher(args):
     path = Path(asked or Path(args.results_dir, args.recipe, f"teacher-s{args.seed}", "best.pt"))
     if not path.is_file():
         standard = flags.settings(args.recipe, "teacher")
-        typed = "".join(f" --{name.replace('_', '-')} {vars(args)[name]}" for name in
-                        ("dataset", "data_dir", "seed", "results_dir", "device")
+        typed = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(vars(args)[name]))}"
+                        for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction",
+                                     "seed", "results_dir", "device")
                         if vars(args)[name] != standard[name])
         fail = f"--teacher {path}: no such file"
         flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
@@ -123,7 +125,7 @@ def frozen_teacher(network, card, job):
     return teacher
 
 
-def report_teacher(teacher, job, path):
+def report_teacher(teacher, job, path, seen):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     val = job.batches[1]
     if not len(val):
@@ -133,6 +135,9 @@ def report_teacher(teacher, job, path):
     module.forward = teacher
     accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
     detail("from", f"{path}: validation accuracy {100 * accuracy:.2f} %")
+    if seen:
+        flags.say("warning: this teacher held out fewer images (--val-fraction); it may have "
+                  "learned from some that this run validates on")
     if accuracy <= common.chance(val.labels):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
@@ -143,7 +148,7 @@ def taught(term, logits, silent):
     """Refuse to go on when the teacher's term has moved nothing in the first 20 steps: the loss
     would look right and teach nothing. silent: a list that counts them; emptied once it moves."""
     (gradient,) = torch.autograd.grad(term, logits, retain_graph=True)
-    if gradient.abs().max() > 0:
+    if gradient.abs().max() * len(logits) > 1e-5:       # rounding alone leaves 1e-8
         silent.clear()
     elif silent.append(1) or len(silent) > 20:
         flags.fail("the teacher's term has no gradient on the student: teacher and student see the "
@@ -202,6 +207,9 @@ def main(argv=None):
     if args.objective == "kd-only" and args.alpha != 1:
         flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
                    "alpha is 1; use --objective kd")
+    if args.objective != "consistency" and args.warm_start:
+        flags.fail(f"--warm-start {args.warm_start} with --objective {args.objective}: only "
+                   "consistency has a warm start; leave it out")
     path = find_teacher(args)
     if path is None and args.objective != "consistency" and not args.ema_decay:
         flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
@@ -229,7 +237,7 @@ def main(argv=None):
     announce(job, f"student, {args.objective}", formula)
     before = time.perf_counter()
     if path:
-        report_teacher(teacher, job, path)
+        report_teacher(teacher, job, path, card.get("val_fraction", 0) < args.val_fraction)
     return run(job, loss_fn, average, teacher_seconds=time.perf_counter() - before)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from common import load_checkpoint
 from flags import fail
+from runs import SCHEMA
 
 # A line a network. channels, kernels, paddings: a number for each conv, all of stride 1. pools:
 # the convs, counted from 1, that a 2×2 pool with stride 2 follows. hidden: widths of the fully
@@ -172,13 +173,21 @@ def load(path, average=False):
     average: the average of the weights instead of the weights. card: classes, mean, std, build …
     """
     card = load_checkpoint(path)
+    known = card.get("schema") if isinstance(card, dict) else None
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
+    if known != SCHEMA:
+        fail(f"{path}: written by another version of these scripts (schema {known}, now {SCHEMA}); "
+             "train it again")
     weights = card["ema" if average else "model"]
     if weights is None:
         fail(f"{path}: holds no average: the run had --ema-decay 0")
-    network = build(**card["build"])
-    network.load_state_dict(weights)
+    try:
+        network = build(**card["build"])
+        network.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        fail(f"{path}: weights that do not fit the network it names ({reason}); train it again")
     return network.eval().requires_grad_(False), card
 
 

@@ -46,7 +46,7 @@ def to_rgb(image):
     """Return an image of any mode as RGB: 16 bits scaled to 8, transparent pixels on black."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
-        top = 65535 if pixels.max(initial=0) > 255 else 255
+        top = 65535 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255
         image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -59,13 +59,17 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
                  macs=models.count_macs(model, shape))
     model = model.to(device, memory_format=torch.channels_last)
     card = dict(schema=runs.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
-                std=splits.std, fit=args.fit, recipe=args.recipe)
+                std=splits.std, fit=args.fit, recipe=args.recipe,
+                val_fraction=args.val_fraction)
 
     def batches(split, size, **options):
         return data.Batches(split, splits.mean, splits.std, size, device, **options)
 
     train = batches(splits.train, args.batch_size, augment=args.augment, views=args.views,
                     seed=args.seed, pair=pair, labelled_only=labelled_only, noise=noise)
+    if len(train.unlabelled) and train.step_size < 2:
+        flags.fail(f"--batch-size {args.batch_size} with --labels {args.labels}: a batch needs at "
+                   "least 2, a labelled and an unlabelled image")
     val, test = (batches(split, 500) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
                            final=final, config=config, facts=facts, card=card, started=started,
