@@ -239,8 +239,8 @@ def stop_unless_finite(losses, epoch, lr, folder, what="step"):
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
             kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is kept"
-            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate {lr:.2g}); "
-                 f"{kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
+            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate now "
+                 f"{lr:.2g}); {kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
 
 
 def chance(labels):
