@@ -35,7 +35,7 @@ setup: $(READY)  ## only install, into $(VENV)
 $(VENV)/installed: requirements.txt constraints.txt
 	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: Python 3.11 or newer is needed; give one with BASE=python3.11" >&2; exit 2; }
-	test -x $(VENV)/bin/python || $(BASE) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(BASE) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	  -r requirements.txt -c constraints.txt
 	touch $@

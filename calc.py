@@ -46,8 +46,7 @@ BIT, ZERO = ("[01]", "0 or 1"), (r"\d+(x\d+)?", "from 0, as 1 or 1x2")
 VALUES = dict(out=ONE, groups=ONE, k=TWO, s=TWO, d=TWO, size=TWO, bias=BIT, ceil=BIT, op=ZERO,
               p=(f"{ZERO[0]}|same", f"{ZERO[1]}; or same"), rate=(r"0?\.\d+|[01](\.0+)?", "0 to 1"))
 ATTENTION = (      # name, shape, parameters, multiply-adds; t tokens, w width, h heads
-    ("embedding X", "t w", "0", "0"),
-    ("X + positional encoding, added once", "t w", "0", "0"),
+    ("embedding X", "t w", "0", "0"), ("X + positional encoding, added once", "t w", "0", "0"),
     ("W_Q, W_K, W_V of each head", "w head_width", "3·h·(w·head_width + head_width)", "0"),
     ("Q, K, V = X·W + b of each head", "t head_width", "0", "3·h·t·w·head_width"),
     ("softmax(Q·Kᵀ/√d) of each head", "t t", "0", "h·t·t·head_width"),

@@ -38,8 +38,7 @@ def pick_device(name="auto"):
 
 
 def pick_precision(name, device):
-    """Return fp32 or bf16; auto is bf16 where the hardware multiplies it natively, as emulation
-    is slower than float32."""
+    """Return fp32 or bf16; auto is bf16 where it is native, as emulation is slower than fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -73,7 +72,8 @@ def set_up(args):
     args = copy.copy(args)
     args.device, args.precision = device.type, pick_precision(args.precision, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
-    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic != torch.are_deterministic_algorithms_enabled():   # imports a second long
+        torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
     return args, device
 
@@ -104,8 +104,7 @@ def ema_update_(average, model, decay):
 
 
 def ema_decay(decay, update):
-    """Return the decay at update 0, 1, …: short at first, so that random weights are forgotten.
-    Below 0, during a warm start, the average is a copy."""
+    """Return the decay at update 0, 1, …: low at first, to forget random weights; 0 before that."""
     return min(decay, (1 + update) / (10 + update)) if update >= 0 else 0.0
 
 
@@ -120,9 +119,8 @@ def ema_reached(decay):
 def evaluate(model, batches, precision="fp32"):
     """Return {"loss": mean cross-entropy, "accuracy": 0 to 1, "n": rows} over labelled rows.
 
-    batches: any iterable of items that begin (x, y), of any sizes. Everything is a sum over rows
-    divided by n at the end, so that a last batch of another size counts for what it is. The model
-    is in eval mode inside; every module gets its own mode back.
+    batches: any iterable of items that begin (x, y), of any sizes: everything is a sum over rows,
+    divided by n at the end. The model is in eval mode inside; every module gets its mode back.
     """
     device = next((p.device for p in model.parameters()), None)
     modes = [(module, module.training) for module in model.modules()]
@@ -226,6 +224,8 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
 def tell_time(batches, total):
     """Pass batches through; after 25 say how long `total` will take, from the last 20."""
     for i, batch in enumerate(batches):
+        if i in (5, 25) and batch.x.is_cuda:        # else the clock sees only the work queued
+            torch.cuda.synchronize()
         if i == 5:
             started = time.perf_counter()
         if i == 25:
@@ -238,9 +238,9 @@ def stop_unless_finite(losses, epoch, lr, folder, what="step"):
     """End with exit code 3 at the first loss that is not finite, naming epoch and step."""
     for step, loss in enumerate(losses, 1):
         if not math.isfinite(loss):
-            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is kept"
-            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate now "
-                 f"{lr:.2g}); {kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
+            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
+            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate now {lr:.2g})"
+                 f"; {kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
 
 
 def chance(labels):
@@ -320,8 +320,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         fail(f"{path}: no such file")
     except Exception as error:    # torch raises many kinds for damaged or foreign files
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        fail(f"{path}: not a whole checkpoint of tensors and plain values ({reason})")
+        fail(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__})")
 
 
 def save_epoch(folder, card, history, best, networks, optimizer):
@@ -352,8 +351,7 @@ def restore(folder, networks, optimizer):
 def score(args, folder, networks, best, history, test, facts, limit):
     """Score the test split, once, with the last and the best weights; return the final dict."""
     started = time.perf_counter()
-    last = {name: evaluate(network, test, args.precision)["accuracy"]
-            for name, network in networks.items()}
+    last = {name: evaluate(net, test, args.precision)["accuracy"] for name, net in networks.items()}
     first = {name: runs.best_epoch(history, name) for name in networks}
     val = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in networks}
     tested = {}
@@ -370,33 +368,30 @@ def score(args, folder, networks, best, history, test, facts, limit):
         ema_best_epoch=first.get("ema"), val_accuracy=val["model"],
         test_accuracy=tested["model"]["accuracy"], test_loss=tested["model"]["loss"],
         ema_val_accuracy=val.get("ema"), ema_test_accuracy=ema.get("accuracy"),
-        last_test_accuracy=last["model"],
-        ema_last_test_accuracy=last.get("ema"), learned=known > limit, seconds=seconds,
-        images_per_second=float(np.median(speeds[1:] or speeds)),
-        peak_memory_bytes=peak_memory(), device=args.device, precision=args.precision,
-        torch=torch.__version__)
-    average = f", its average {100 * ema['accuracy']:.2f} %" if ema else ""
-    say(f"{folder}: test accuracy {100 * final['test_accuracy']:.2f} %{average}, from epoch "
-        f"{first['model']} of {args.epochs}, {seconds:.0f} s")
+        last_test_accuracy=last["model"], ema_last_test_accuracy=last.get("ema"),
+        learned=known > limit, seconds=seconds,
+        images_per_second=float(np.median(speeds[1:] or speeds)), peak_memory_bytes=peak_memory(),
+        device=args.device, precision=args.precision, torch=torch.__version__)
+    average = f", average {100 * ema['accuracy']:.2f} % (epoch {first['ema']})" if ema else ""
+    say(f"{folder.name}: test {100 * final['test_accuracy']:.2f} % (epoch {first['model']}/"
+        f"{args.epochs}){average}, {seconds:.0f} s")
     if not final["learned"]:
         say("warning: this network learned nothing; the report will draw no conclusion from it")
     return final
 
 
 def peak_memory():
-    """Return the most bytes held so far: of the GPU's memory if there is one, else of the process.
-    """
+    """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--recipes", action="store_true", help="print the recipes as a table")
-    if not parser.parse_args(argv).recipes:
-        parser.error("nothing to do: --recipes prints the recipes")
+    parser.add_argument("--recipes", action="store_true", required=True, help="print the recipes")
+    parser.parse_args(argv)
     print(recipes_table())
     return RECIPES
 

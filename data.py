@@ -354,8 +354,7 @@ def draw_grid(batch, raw, splits, path):
     −2 is drawn black, +2 white.
     """
     n, seen = len(raw), (batch.x.permute(0, 2, 3, 1).numpy() + 2).clip(0, 4) / 4
-    columns = min(n, 8)
-    rows = -(-n // columns)
+    rows, columns = -(-n // 8), min(n, 8)
     figure = Figure(figsize=(1.9 * columns, 1.15 * rows + 0.6), layout="constrained")
     for half, title, images in zip(figure.subfigures(1, 2), ("stored", "as the network sees it"),
                                    (raw, seen), strict=True):
@@ -364,8 +363,11 @@ def draw_grid(batch, raw, splits, path):
             axes.axis("off")
             if i < n:
                 axes.imshow(images[i])
-                axes.set_title(splits.classes[int(batch.y[i])][:12], fontsize=8, pad=2)
-    figure.savefig(path, dpi=100)
+                axes.set_title((*splits.classes, "no label")[batch.y[i]][:12], fontsize=8, pad=2)
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); give --out FILE")
 
 
 def main(argv=None):
@@ -377,8 +379,7 @@ def main(argv=None):
         return download.only(args.dataset, args.data_dir)
     splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
                   args.fit)
-    facts = {part: len(split.labels) for part, split in zip(
-        ("train", "val", "test"), splits[:3], strict=True)}
+    facts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}
     facts |= dict(classes=splits.classes, mean=splits.mean, std=splits.std, key=splits.key)
     print(f"{args.dataset}: {facts['train']} train, {facts['val']} validation, {facts['test']} "
           f"test images of {'×'.join(map(str, splits.train.images.shape[1:]))}")

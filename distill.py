@@ -91,7 +91,7 @@ def find_teacher(args):
                         for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction",
                                      "seed", "results_dir", "device")
                         if vars(args)[name] != standard[name])
-        fail = f"--teacher {path}: no such file"
+        fail = f"--teacher {path}: {'a folder' if path.is_dir() else 'no such file'}"
         flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
                    if not asked else f"{fail}; give a best.pt, or ema")
     return path
@@ -184,7 +184,8 @@ def consistency_objective(args, teacher):
     ramp = f"·ramp over {args.ramp_up} epochs" if args.ramp_up else ""
     ramp += f" after {args.warm_start} on the labels alone" if args.warm_start else ""
     return loss_fn, (f"{args.class_weight:g}·{args.class_cost.upper()}(labels) + "
-                     f"{1 - args.class_weight:g}{ramp}·MSE(softmaxes of two views)")
+                     f"{1 - args.class_weight:g}{ramp}·MSE(softmaxes of two views), means over the "
+                     "batch")
 
 
 def run_name(args, own):
@@ -214,6 +215,10 @@ def main(argv=None):
     if path is None and args.objective != "consistency" and not args.ema_decay:
         flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
                    "images, and teach it nothing; give a decay, 0.99 say")
+    if path is None and args.objective == "consistency" and args.augment == "none" and not (
+            args.ema_decay or args.noise):
+        flags.fail("--ema-decay 0 with --augment none and no --noise: the two views would be the "
+                   "same, and teach nothing; give one of the three")
     network, card = models.load(path) if path else (None, None)
     sha256 = models.weights_sha256(card["model"]) if path else None
     job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,

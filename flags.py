@@ -163,7 +163,7 @@ FLAGS = {
         "image-size": dict(type=number(int, 1, 4096), metavar="N", help="side in pixels (folder)"),
         "fit": dict(help="how an image gets that size (folder)"),
         "labels": dict(type=number(int, 1, 10**9, also={"all": None}), metavar="N",
-                       help="labels kept, the same number in each class, or all"),
+                       help="labels kept, the same number in each class; or all, the default"),
         "val-fraction": dict(type=number(float, 0, 1, high_open=True), metavar="F",
                              help="share of train held out to choose the best epoch"),
         "augment": dict(help="random views of an image"),
@@ -227,7 +227,7 @@ FLAGS = {
         "run": dict(metavar="NAME", help="name of the run's folder; default: <what>-s<seed>"),
         "resume": dict(**on_off, help="go on from the last finished epoch, if there is one"),
         "overwrite": dict(**on_off, help="throw an earlier run of this name away"),
-        "dry-run": dict(**on_off, help="check everything, print it, make nothing"),
+        "dry-run": dict(**on_off, help="check everything, print it, make no run"),
     },
 }
 

@@ -143,8 +143,10 @@ def read_folder(listing, size, fit):
                 for i, job in enumerate(progress(jobs, f"decoding {split}")):
                     images[i] = job.result()
             except ValueError as error:
-                pool.shutdown(cancel_futures=True)
                 fail(f"{error}; mend or remove it")
+            finally:        # an error or Ctrl-C would else wait until all of them are decoded
+                for job in jobs:
+                    job.cancel()
             arrays[split] = images, labels
     return arrays, classes
 

@@ -76,7 +76,7 @@ def open_run(args, config, name):
         return folder, None
     if not folder.is_dir():
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
-    ways = "add --overwrite to run it again, or --run NAME to keep both"
+    ways = "add --overwrite (make: OVERWRITE=1) to run it again, or --run NAME to keep both"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
         had = read_json(folder / "config.json")
@@ -105,11 +105,14 @@ def open_run(args, config, name):
 
 def begin_run(args, folder, config):
     """Make the run's folder with its config.json; with --overwrite, the old files go first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        for file in RUN_FILES:
-            (folder / file).unlink(missing_ok=True)
-    write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            for file in RUN_FILES:
+                (folder / file).unlink(missing_ok=True)
+        write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+    except OSError as error:
+        fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
 
 
 def write_history(path, history):

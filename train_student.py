@@ -105,17 +105,20 @@ def detail(title, text):
 
 
 def run(job, loss_fn, average=None, teacher_seconds=0.0):
-    """Make the folder and train; return the final dict. With --dry-run make nothing."""
+    """Make the folder and train; return the final dict. With --dry-run make no folder."""
     if job.args.dry_run:
-        flags.say("dry run: all of the above was checked, nothing was made")
+        flags.say("dry run: all of the above was checked, no run was made")
         return job.config
     runs.begin_run(job.args, job.folder, job.config)
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - teacher_seconds
     job.facts["teacher_seconds"] = teacher_seconds
-    return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card, job.facts,
-                      average, look.draw_curves)
+    try:
+        return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
+                          job.facts, average, look.draw_curves)
+    except KeyboardInterrupt:
+        flags.fail(f"{job.folder}: stopped; --resume goes on after its last finished epoch", 130)
 
 
 def main(argv=None, role="student", doc=__doc__):
