@@ -79,7 +79,7 @@ lint: $(READY)  ## ruff, a tool for development, installed on first use
 	$(PYTHON) -m ruff check .
 
 clean:  ## remove .venv, results, caches; keep what is published
-	rm -rf $(if $(VENV),$(VENV)) .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 	find results -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} + 2>/dev/null || true
 
 help:

@@ -360,7 +360,7 @@ def score(args, folder, networks, best, history, test, facts, limit):
         tested[name] = evaluate(network, test, args.precision)
     known = tested["model"]["accuracy"] if val["model"] is None else val["model"]
     ema, speeds = tested.get("ema", {}), [row["images_per_second"] for row in history]
-    seconds = (facts["setup_seconds"] + facts["teacher_seconds"]
+    seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)
     final = dict(
         schema=runs.SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,

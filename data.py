@@ -27,7 +27,7 @@ import readers
 from common import generator, seed_for
 from flags import SIDES, fail, number, parse
 
-CACHE_VERSION = 1      # of the arrays on disk: raised when what is stored changes
+CACHE_VERSION = 2      # of the arrays on disk: raised when what is stored changes
 
 
 class Split(NamedTuple):

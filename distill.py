@@ -56,6 +56,8 @@ def class_cost(logits, labels, kind):
     Logits (B, classes), labels (B,). kind "ce": cross-entropy. "bce": binary cross-entropy with
     the one-hot label, summed over classes. In float32.
     """
+    if kind not in ("ce", "bce"):
+        raise ValueError(f"class_cost: kind {kind!r}; ce or bce")
     known = labels >= 0
     count = known.sum().clamp(min=1)
     if kind == "ce":
@@ -231,7 +233,7 @@ def main(argv=None):
     average = common.make_average(model) if args.ema_decay else None
     if path:
         teacher = frozen_teacher(network, card, job)
-    else:       # its own average; with decay 0 itself
+    else:       # its own average; with decay 0 itself, in train mode, as BatchNorm then sees both
         own = average.eval() if average is not None else model
 
         def teacher(x):
@@ -240,10 +242,11 @@ def main(argv=None):
     objective = consistency_objective if args.objective == "consistency" else kd_objective
     loss_fn, formula = objective(args, teacher)
     announce(job, f"student, {args.objective}", formula)
-    before = time.perf_counter()
+    before, seconds = time.perf_counter(), None
     if path:
         report_teacher(teacher, job, path, card.get("val_fraction", 0) < args.val_fraction)
-    return run(job, loss_fn, average, teacher_seconds=time.perf_counter() - before)
+        seconds = time.perf_counter() - before
+    return run(job, loss_fn, average, seconds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from flags import fail, say
@@ -56,11 +56,19 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def upright(image):
+    """Return the image as its EXIF says it was held: phones store pictures lying down."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # broken EXIF says nothing about the pixels, which are decoded later
+        return image
+
+
 def read_image(path, size, fit):
     """Return one image file as (size, size, 3) uint8; a ValueError names the path if it cannot."""
     try:
         with Image.open(path) as image:
-            rgb = to_rgb(image)
+            rgb = to_rgb(upright(image))
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)
         return np.asarray(rgb)

@@ -68,7 +68,7 @@ def open_run(args, config, name):
     Nothing is made yet. A finished run that differs, an unfinished one without --resume or
     --overwrite, or a resumed one with other settings ends with one line naming what differs.
     """
-    name = args.run or name
+    name = name if args.run is None else args.run
     if not name.strip(".") or set(name) & set("/\\\0\n"):
         fail(f"--run {name!r}: a plain folder name is needed, without slashes")
     folder = Path(args.results_dir) / args.recipe / name

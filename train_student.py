@@ -104,7 +104,7 @@ def detail(title, text):
                             break_long_words=False, break_on_hyphens=False))
 
 
-def run(job, loss_fn, average=None, teacher_seconds=0.0):
+def run(job, loss_fn, average=None, teacher_seconds=None):
     """Make the folder and train; return the final dict. With --dry-run make no folder."""
     if job.args.dry_run:
         flags.say("dry run: all of the above was checked, no run was made")
@@ -112,7 +112,7 @@ def run(job, loss_fn, average=None, teacher_seconds=0.0):
     runs.begin_run(job.args, job.folder, job.config)
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
-    job.facts["setup_seconds"] = time.perf_counter() - job.started - teacher_seconds
+    job.facts["setup_seconds"] = time.perf_counter() - job.started - (teacher_seconds or 0)
     job.facts["teacher_seconds"] = teacher_seconds
     try:
         return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,

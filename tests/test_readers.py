@@ -255,3 +255,13 @@ def test_making_the_digits_spares_what_else_lies_in_the_data_folder(tmp_path, mo
     splits = data.load("digits", tmp_path)
     assert splits.train.images.shape == (36, 32, 32, 3) and len(splits.classes) == 10
     assert len(list(mine.glob("*/*/*.png"))) == 8
+
+
+def test_a_phone_picture_is_set_upright(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 200                             # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6                                # orientation: turn a quarter clockwise
+    Image.fromarray(pixels).save(tmp_path / "lying.png", exif=exif)
+    read = readers.read_image(tmp_path / "lying.png", 8, "resize")
+    assert (read[:4] == 200).all() and (read[4:] == 0).all()        # bright on top

@@ -110,13 +110,13 @@ def test_final_json(finished):
     for key in ("ema_best_epoch", "ema_val_accuracy", "ema_test_accuracy",
                 "ema_last_test_accuracy"):
         assert (final[key] is not None) == averaged
-    clocks = [final["setup_seconds"], final["teacher_seconds"],
+    clocks = [final["setup_seconds"], final["teacher_seconds"] or 0.0,
               *(float(row["seconds"]) for row in tiny.metrics(folder, clocks=True))]
     assert final["seconds"] >= sum(clocks) and final["setup_seconds"] > 0
     if kind.startswith("kd"):           # 40 validation images take the teacher a moment
         assert final["teacher_seconds"] > 1e-4
     else:
-        assert final["teacher_seconds"] < 0.01
+        assert final["teacher_seconds"] is None
     speeds = [float(r["images_per_second"]) for r in tiny.metrics(folder, clocks=True)]
     assert final["images_per_second"] == pytest.approx(np.median(speeds[1:]))
 
