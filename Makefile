@@ -15,12 +15,12 @@ FLAGS     ?=
 OVERWRITE ?=
 
 typed   = $(if $($(1)),--$(2) "$($(1))")
-SHARED  = --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume \
+SHARED  = $(strip --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume \
           $(call typed,DATASET,dataset) $(call typed,DATA_DIR,data-dir) \
           $(call typed,EPOCHS,epochs) $(call typed,BATCH_SIZE,batch-size) \
           $(call typed,LABELS,labels) $(call typed,VIEWS,views) \
           $(call typed,DEVICE,device) $(call typed,PRECISION,precision) \
-          $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS)
+          $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS))
 READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
 .PHONY: all setup test lint help clean report publish readme \
@@ -87,7 +87,7 @@ help:
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | sed 's/\$$(VENV)/.venv/' | \
 	  awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 	@echo; echo "Variables (defaults)"
-	@printf '  %-22s %s\n' \
+	@printf '  %-26s %s\n' \
 	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
 	  "SEED=$(SEED)" "of all that is random" \
 	  "RESULTS=$(RESULTS)" "where runs are kept" \

@@ -244,7 +244,7 @@ def main(argv=None):
     announce(job, f"student, {args.objective}", formula)
     before, seconds = time.perf_counter(), None
     if path:
-        report_teacher(teacher, job, path, card.get("val_fraction", 0) < args.val_fraction)
+        report_teacher(teacher, job, path, card.get("val_fraction", 1) < args.val_fraction)
         seconds = time.perf_counter() - before
     return run(job, loss_fn, average, seconds)
 

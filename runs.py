@@ -151,8 +151,8 @@ def learned_nothing(history, epochs, limit, classes):
     if max(row["val_accuracy"] for row in history) > limit:
         return None
     floor = math.log(classes)
-    sits = (f"\n  The loss sits at ln({classes}) = {floor:.3f}, what a network scores that tells "
-            "nothing apart." if abs(row["val_loss"] / floor - 1) < 0.02 else "")
+    sits = (f"\n  Validation loss sits at ln({classes}) = {floor:.3f}, what a network scores that "
+            "tells nothing apart." if abs(row["val_loss"] / floor - 1) < 0.02 else "")
     return (f"warning: nothing learned in {len(history)} of {epochs} epochs: validation is not "
             f"above chance.{sits}\n  Usual causes: an init without the ReLU gain (--init he), a "
             "learning rate too\n  high or too low (--lr), dead ReLUs, labels that do not belong "
