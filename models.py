@@ -173,12 +173,11 @@ def load(path, average=False):
     average: the average of the weights instead of the weights. card: classes, mean, std, build …
     """
     card = load_checkpoint(path)
-    known = card.get("schema") if isinstance(card, dict) else None
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
-    if known != SCHEMA:
-        fail(f"{path}: written by another version of these scripts (schema {known}, now {SCHEMA}); "
-             "train it again")
+    if card.get("schema") != SCHEMA:
+        fail(f"{path}: written by another version of these scripts (schema {card.get('schema')}, "
+             f"now {SCHEMA}); train it again")
     weights = card["ema" if average else "model"]
     if weights is None:
         fail(f"{path}: holds no average: the run had --ema-decay 0")
@@ -200,14 +199,11 @@ def weights_sha256(state):
     return digest.hexdigest()
 
 
-def take_weights_(model, path):
-    """Copy all weights of a best.pt that fit into a model; return the names of those that do not.
-    """
-    theirs, mine = load(path)[0].state_dict(), model.state_dict()
-    fit = {name: value for name, value in theirs.items()
+def take_weights_(model, weights):
+    """Copy all of a state dict that fits into a model; return the model's names that it lacks."""
+    mine = model.state_dict()
+    fit = {name: value for name, value in weights.items()
            if name in mine and mine[name].shape == value.shape}
-    if not fit:
-        fail(f"--init-from {path}: none of its weights fits this network; give the same --arch")
     model.load_state_dict(fit, strict=False)
     return [name for name in mine if name not in fit]
 

@@ -126,13 +126,17 @@ def main(argv=None, role="student", doc=__doc__):
     args = flags.parse(doc, role, CHOICES, argv, ("data", "network", "training", "transfer", "run"))
     known = {}
     if args.init_from:
-        known["init_sha256"] = models.weights_sha256(models.load(args.init_from)[0].state_dict())
+        weights = models.load(args.init_from)[0].state_dict()
+        known["init_sha256"] = models.weights_sha256(weights)
     job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started, **known)
     if job.final:
         return job.final
     announce(job, f"{role} alone", LOSS.replace("student", role))
     if args.init_from:
-        left = models.take_weights_(job.model, args.init_from)
+        left = models.take_weights_(job.model, weights)
+        if len(left) == len(job.model.state_dict()):
+            flags.fail(f"--init-from {args.init_from}: none of its weights fits this network; give "
+                       "the same --arch")
         detail("from", f"{args.init_from}; "
                + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
     average = common.make_average(job.model) if job.args.ema_decay else None
