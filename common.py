@@ -1,16 +1,15 @@
-"""What all scripts share: device, precision, seeds, evaluate, EMA, fit, the files of a run.
+"""What all scripts share: seeds, evaluate, EMA, fit, the files of a run.
 
     python common.py --recipes                 the recipes as a table
 
 A training script hands fit() a model, batches, and one function, loss_fn(model, batch) ->
-(loss, logits); the rest is here. Recipes and flags are in flags.py, run folders in runs.py.
+(loss, logits); the rest is here. Recipes and flags are in flags.py, run folders in runs.py,
+device and precision in device.py.
 """
 import copy
 import io
 import json
 import math
-import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,35 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import runs
+from device import autocast, peak_memory, pick_device, pick_precision, set_up  # noqa: F401
 from flags import RECIPES, Parser, fail, recipes_table, say
 
-# ---- device, precision, seeds -----------------------------------------------------------------
-
-def pick_device(name="auto"):
-    """Return the torch.device of a name: auto is CUDA, else Apple's MPS, else the CPU."""
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
-             "cpu": lambda: True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind]())
-    elif not there.get(name.split(":")[0], lambda: False)():
-        has = ", ".join(kind for kind in there if there[kind]())
-        fail(f"--device {name}: not on this machine, which has: {has}; or leave it out")
-    return torch.device(name)
-
-
-def pick_precision(name, device):
-    """Return fp32 or bf16; auto is bf16 where it is native, as emulation is slower than fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and native() else "fp32"
-
-
-def autocast(device, precision):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
+# ---- seeds ------------------------------------------------------------------------------------
 
 # One stream for each use, so that no use of random numbers shifts another.
 STREAMS = {name: i for i, name in enumerate((
@@ -64,18 +38,6 @@ def seed_for(seed, stream, *more):
 def generator(seed, stream, *more, device="cpu"):
     """Return a torch.Generator made for one use in one epoch: nothing has to remember its state."""
     return torch.Generator(device).manual_seed(seed_for(seed, stream, *more))
-
-
-def set_up(args):
-    """Resolve --device and --precision in a copy of the flags; return it and the torch.device."""
-    device = pick_device(args.device)
-    args = copy.copy(args)
-    args.device, args.precision = device.type, pick_precision(args.precision, device)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
-    if args.deterministic != torch.are_deterministic_algorithms_enabled():   # imports a second long
-        torch.use_deterministic_algorithms(args.deterministic)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    return args, device
 
 
 # ---- EMA --------------------------------------------------------------------------------------
@@ -297,7 +259,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
         if warning:
             say(warning)
     bar.close()
-    final = score(args, folder, networks, best, history, test, facts, limit)
+    final = score(args, folder, networks, best, history, splits, facts, limit)
     if draw:
         draw(history, folder / "curves.png")
     runs.write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
@@ -348,44 +310,49 @@ def restore(folder, networks, optimizer):
     return state["history"], {name: best[name] for name in networks}
 
 
-def score(args, folder, networks, best, history, test, facts, limit):
+def score(args, folder, networks, best, history, splits, facts, limit):
     """Score the test split, once, with the last and the best weights; return the final dict."""
-    started = time.perf_counter()
-    last = {name: evaluate(net, test, args.precision)["accuracy"] for name, net in networks.items()}
+    started, (train, val, test) = time.perf_counter(), splits
     first = {name: runs.best_epoch(history, name) for name in networks}
-    val = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in networks}
-    tested = {}
+    known = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in first}
+    last, tested = {}, {"ema": {}, "recomputed": {}}
     for name, network in networks.items():
-        network.load_state_dict(best[name])
-        tested[name] = evaluate(network, test, args.precision)
-    known = tested["model"]["accuracy"] if val["model"] is None else val["model"]
-    ema, speeds = tested.get("ema", {}), [row["images_per_second"] for row in history]
+        tested[name] = last[name] = evaluate(network, test, args.precision)
+        if first[name] < len(history):
+            network.load_state_dict(best[name])
+            tested[name] = evaluate(network, test, args.precision)
+    average = networks.get("ema")
+    if average is not None and args.norm == "batch":
+        # Averaged statistics are not those of the averaged weights: measure them on one epoch.
+        with autocast(train.device, args.precision):
+            torch.optim.swa_utils.update_bn(train.epoch(args.epochs), average)
+        tested["recomputed"] = evaluate(average, test, args.precision)
+        if len(val):
+            known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
+    right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
     seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)
     final = dict(
         schema=runs.SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,
         arch=args.arch, epochs=args.epochs, best_epoch=first["model"],
-        ema_best_epoch=first.get("ema"), val_accuracy=val["model"],
-        test_accuracy=tested["model"]["accuracy"], test_loss=tested["model"]["loss"],
-        ema_val_accuracy=val.get("ema"), ema_test_accuracy=ema.get("accuracy"),
-        last_test_accuracy=last["model"], ema_last_test_accuracy=last.get("ema"),
-        learned=known > limit, seconds=seconds,
+        ema_best_epoch=first.get("ema"), val_accuracy=known["model"], test_accuracy=right,
+        test_loss=tested["model"]["loss"], ema_val_accuracy=known.get("ema"),
+        ema_test_accuracy=tested["ema"].get("accuracy"),
+        last_test_accuracy=last["model"]["accuracy"],
+        ema_last_test_accuracy=last.get("ema", {}).get("accuracy"),
+        recomputed_val_accuracy=known.get("recomputed"),
+        recomputed_test_accuracy=tested["recomputed"].get("accuracy"),
+        learned=(right if known["model"] is None else known["model"]) > limit, seconds=seconds,
         images_per_second=float(np.median(speeds[1:] or speeds)), peak_memory_bytes=peak_memory(),
         device=args.device, precision=args.precision, torch=torch.__version__)
-    average = f", average {100 * ema['accuracy']:.2f} % (epoch {first['ema']})" if ema else ""
-    say(f"{folder.name}: test {100 * final['test_accuracy']:.2f} % (epoch {first['model']}/"
-        f"{args.epochs}){average}, {seconds:.0f} s")
+    shown = f"{folder.name}: test {100 * right:.2f} % (epoch {first['model']}/{args.epochs})"
+    for name, title in (("ema", "average"), ("recomputed", "its statistics recomputed")):
+        if tested[name]:
+            shown += f", {title} {100 * tested[name]['accuracy']:.2f} % (epoch {first['ema']})"
+    say(f"{shown}, {seconds:.0f} s")
     if not final["learned"]:
         say("warning: this network learned nothing; the report will draw no conclusion from it")
     return final
-
-
-def peak_memory():
-    """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(argv=None):

@@ -87,8 +87,7 @@ def make_arrays(read):
 
 
 def mapped(folder):
-    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None if there is no
-    such folder, or not all of it."""
+    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None."""
     try:
         facts = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
@@ -167,12 +166,13 @@ DATASETS = {
 
 
 def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=None,
-         fit="resize"):
+         fit="resize", normalise="train"):
     """Return the Splits of a data set: train, val, test, mean, std, classes, key.
 
     labels: None for all, or how many train images keep theirs, the same number in each class,
     chosen by the seed; the others get -1. val_fraction of train is held out, whatever the seed.
-    image_size: None for the set's own. A published set that is not in data_dir is downloaded.
+    image_size: None for the set's own. normalise: "half" for a mean and deviation of 0.5, not the
+    train split's. A published set that is not in data_dir is downloaded.
     """
     if name not in DATASETS:
         fail(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
@@ -187,9 +187,10 @@ def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_siz
     train = Split(images[:cut], targets[:cut])
     if labels is not None:
         train = Split(train.images, keep_labels(train.labels, labels, facts["classes"], seed))
+    mean, std = ((0.5,) * 3,) * 2 if normalise == "half" else (facts["mean"], facts["std"])
     return Splits(train, Split(images[cut:], targets[cut:]),
                   Split(arrays["test_images"], np.array(arrays["test_labels"])),
-                  tuple(facts["mean"]), tuple(facts["std"]), tuple(facts["classes"]), facts["key"])
+                  tuple(mean), tuple(std), tuple(facts["classes"]), facts["key"])
 
 
 def keep_labels(labels, count, classes, seed):
@@ -217,8 +218,7 @@ class Batch(NamedTuple):
     epoch: int = 0
 
 
-# Which random draws make a view of an image.
-AUGMENTS = {"none": (), "crop": ("shift",), "flip-crop": ("shift", "flip")}
+AUGMENTS = {"none": (), "crop": ("shift",), "flip-crop": ("shift", "flip")}    # what is drawn
 CHOICES = {"dataset": DATASETS, "fit": readers.FITS, "augment": AUGMENTS}
 # The share of a batch that is labelled, where some images are not: few labels seen often, but not
 # so few in a batch that their gradient is mostly noise.
@@ -242,7 +242,12 @@ class Batches:
         known = torch.from_numpy(split.labels >= 0)
         self.labelled = known.nonzero().squeeze(1)
         self.unlabelled = (~known).nonzero().squeeze(1)[:0 if labelled_only else None]
-        self.step_size = min(batch_size, len(self.labelled) + len(self.unlabelled))
+        total = len(self.labelled) + len(self.unlabelled)
+        self.step_size = size = min(batch_size, total)
+        self.taught = size      # rows of a step that are labelled
+        if len(self.unlabelled):
+            share = max(LABELLED_SHARE, len(self.labelled) / total)
+            self.taught = len(self.labelled) and min(max(1, round(size * share)), size - 1)
         # (x/255 − mean)/std in one multiplication and one addition
         std = torch.tensor(std, dtype=torch.float32, device=self.device)
         self.scale = 1 / (255 * std)
@@ -269,16 +274,11 @@ class Batches:
             return torch.cat([rows[torch.randperm(len(rows), generator=g)]
                               for _ in range(rounds)])[:count]
 
-        total, size = len(self.labelled) + len(self.unlabelled), self.step_size
-        if not len(self.unlabelled):
-            return shuffle(self.labelled, total // size * size).view(-1, size)
-        share = max(LABELLED_SHARE, len(self.labelled) / total)
-        taught = min(max(1, round(size * share)), size - 1) if len(self.labelled) else 0
-        steps = max(1, len(self.unlabelled) // (size - taught))
-        free = shuffle(self.unlabelled, steps * (size - taught)).view(steps, -1)
-        if not taught:
-            return free
-        return torch.cat([shuffle(self.labelled, steps * taught).view(steps, -1), free], 1)
+        free = self.step_size - self.taught
+        steps = max(1, len(self.unlabelled) // free if free else len(self.labelled) // self.taught)
+        parts = [shuffle(rows, steps * count).view(steps, -1) for rows, count in
+                 ((self.unlabelled, free), (self.labelled, self.taught)) if count]
+        return torch.cat(parts[::-1], 1)
 
     def steps(self):
         """Number of batches in a training epoch."""
@@ -378,13 +378,13 @@ def main(argv=None):
     if args.download:
         return download.only(args.dataset, args.data_dir)
     splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
-                  args.fit)
+                  args.fit, args.normalise)
     facts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}
     facts |= dict(classes=splits.classes, mean=splits.mean, std=splits.std, key=splits.key)
     print(f"{args.dataset}: {facts['train']} train, {facts['val']} validation, {facts['test']} "
           f"test images of {'×'.join(map(str, splits.train.images.shape[1:]))}")
-    print(f"{len(splits.classes)} classes: {', '.join(splits.classes[:20])}"
-          f"{', …' if len(splits.classes) > 20 else ''}")
+    names = [*splits.classes[:20], "…"][:len(splits.classes)]
+    print(len(splits.classes), "classes:", ", ".join(names))
     print("mean", *(f"{v:.4f}" for v in splits.mean), " std", *(f"{v:.4f}" for v in splits.std))
     if args.show:
         batches = Batches(splits.train, splits.mean, splits.std, args.show, augment=args.augment)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 DEFAULTS = dict(
     dataset="digits", data_dir="data", image_size=32, fit="resize", labels=None, val_fraction=0.1,
+    normalise="train",
     init="he", pool="max", activation="relu", norm="none",
     epochs=20, batch_size=128,
     lr=1e-3,              # per step of AdamW, the peak of one cycle
@@ -166,6 +167,8 @@ FLAGS = {
                        help="labels kept, the same number in each class; or all, the default"),
         "val-fraction": dict(type=number(float, 0, 1, high_open=True), metavar="F",
                              help="share of train held out to choose the best epoch"),
+        "normalise": dict(choices=["train", "half"],
+                          help="by mean and deviation of the train split, or by 0.5 and 0.5"),
         "augment": dict(help="random views of an image"),
         "views": dict(type=number(int, 0, 10**6), metavar="V",
                       help="epoch e uses view e mod V; 0: a fresh one each epoch"),

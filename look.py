@@ -29,6 +29,7 @@ STYLES = {
     "kd-ema/average": ("#8C6BB1", (0, (3, 1, 1, 1, 1, 1))),
     "mean-teacher": ("#009E73", (0, (3, 1.5))),
     "mean-teacher/average": ("#009E73", "-"),
+    "mean-teacher/recomputed": ("#009E73", (0, (1, 3))),
     "mean-teacher-no-ema": ("#CC79A7", (0, (1, 1.5))),
 }
 OTHER_COLOURS = ("#7F7F7F", "#E69F00", "#8C564B", "#4D4D9F", "#A0A000")

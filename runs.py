@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from statistics import mean, stdev
 
-from flags import fail
+from flags import DEFAULTS, fail
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
@@ -79,15 +79,15 @@ def open_run(args, config, name):
     ways = "add --overwrite (make: OVERWRITE=1) to run it again, or --run NAME to keep both"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
-        had = read_json(folder / "config.json")
+        had = read_json(folder / "config.json")     # a flag that is newer had its default
         if had.get("schema") != SCHEMA:
             fail(f"{folder}: written by another version of these scripts "
                  f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
         skip = FREE | {"versions", "git_commit", "schema"}
         now = json.loads(json.dumps(config))
-        differs = [f"{key} {short(had.get(key))} (asked for: {short(now.get(key))})"
-                   for key in now.keys() | had.keys() - skip
-                   if key not in skip and had.get(key) != now.get(key)]
+        old = {**{key: DEFAULTS.get(key) for key in now.keys() - had.keys()}, **had}
+        differs = [f"{key} {short(old.get(key))} (asked for: {short(now.get(key))})"
+                   for key in (now.keys() | old.keys()) - skip if old.get(key) != now.get(key)]
         # A run stopped before its first epoch ended has nothing to lose.
         if differs and (finished or (folder / "checkpoint.pt").exists() or not args.resume):
             what = "finished" if finished else "begun"
@@ -162,7 +162,8 @@ def learned_nothing(history, epochs, limit, classes):
 # ---- rows of a table --------------------------------------------------------------------------
 
 # Rows in the order of a table: run name without its seed -> (label, what it is). Any other run gets
-# a row of its own; a run that kept an average of its weights gets a second one, "<run>/average".
+# a row of its own; a run that kept an average of its weights gets a second one, "<run>/average",
+# and with BatchNorm a third, "<run>/recomputed": the average, its statistics measured anew.
 ROWS = {
     "teacher": ("teacher", "the large network, trained on the labels"),
     "student": ("student alone", "the small network, trained on the labels"),
@@ -171,18 +172,30 @@ ROWS = {
     "kd-ema": ("kd-ema", "kd, with the student's own moving average (EMA) as its teacher"),
     "mean-teacher": ("mean teacher, student", "kept consistent with its own moving average"),
     "mean-teacher/average": ("mean teacher, average", "that moving average"),
+    "mean-teacher/recomputed": (
+        "mean teacher, recomputed", "that average, BatchNorm's statistics measured anew"),
     "mean-teacher-no-ema": ("mean teacher, no EMA", "kept consistent with itself"),
 }
 NUMBERS = ("seed", "parameters", "macs", "epochs", "seconds", "val_accuracy", "test_accuracy",
            "last_test_accuracy", "ema_val_accuracy", "ema_test_accuracy")
 NULLABLE = ("val_accuracy", "ema_val_accuracy", "ema_test_accuracy")
+AVERAGES = {"average": "ema_", "recomputed": "recomputed_"}     # row of a run -> its keys in final
 COMPARISONS = {  # title -> (row, minus this row, the question that the difference answers)
     "kd - student alone": ("kd", "student", "does the teacher help?"),
+    "kd-only - student alone": ("kd-only", "student", "does the teacher help, without labels?"),
     "kd-only - kd": ("kd-only", "kd", "does it help to leave the labels out?"),
+    "kd, average - kd": ("kd/average", "kd", "is the average better than its student?"),
+    "kd-ema - student alone": ("kd-ema", "student", "does its own EMA help as a teacher?"),
+    "mean teacher, student - alone": (
+        "mean-teacher", "student", "does consistency with the EMA help?"),
+    "mean teacher, average - alone": (
+        "mean-teacher/average", "student", "does it help, where the average is used?"),
     "mean teacher, student - no EMA": (
         "mean-teacher", "mean-teacher-no-ema", "does the EMA teacher help its student?"),
     "mean teacher, average - no EMA": (
         "mean-teacher/average", "mean-teacher-no-ema", "does EMA help, where its average is used?"),
+    "mean teacher, average - teacher": (
+        "mean-teacher/average", "teacher", "does it help a network of the teacher's size?"),
     "average - its student": (
         "mean-teacher/average", "mean-teacher", "is the average better than its student?"),
     "student alone - teacher": ("student", "teacher", "is the small network better?"),
@@ -262,7 +275,7 @@ def _family(run):
 def label(key):
     """What a row is called: ROWS, else the run's own name."""
     name, _, average = key.partition("/")
-    default = f"{label(name)}, average" if average else name
+    default = f"{label(name)}, {average}" if average else name
     return ROWS.get(key, (default,))[0]
 
 
@@ -270,9 +283,10 @@ def make_rows(groups):
     """Row key -> row; a figure is {"values" (one a seed), "mean", "sd"}, accuracies from 0 to 1."""
     rows = {}
     for group, members in groups.items():
-        averaged = {seed: run for seed, run in members.items()
-                    if run["final"]["ema_test_accuracy"] is not None}
-        for key, runs, prefix in ((group, members, ""), (f"{group}/average", averaged, "ema_")):
+        for name, prefix in {"": "", **AVERAGES}.items():
+            key = f"{group}/{name}" if name else group
+            runs = {seed: run for seed, run in members.items()
+                    if run["final"].get(prefix + "test_accuracy") is not None}
             finals = [run["final"] for run in runs.values()]
             if finals:
                 rows[key] = {
@@ -323,10 +337,12 @@ def by_seed(row, name):
 
 
 def compare(rows):
-    """COMPARISONS of the rows that are there, paired by seed, in points (100 x accuracy)."""
+    """COMPARISONS of the rows that are there, paired by seed, in points (100 x accuracy); none of
+    two networks that differ in more than their training, but for student and teacher."""
     found = []
     for title, (a, b, question) in COMPARISONS.items():
-        if a in rows and b in rows:
+        if a in rows and b in rows and ((a, b) == ("student", "teacher") or (
+                rows[a]["parameters"]["mean"] == rows[b]["parameters"]["mean"])):
             learned = rows[a]["learned"] and rows[b]["learned"]
             found.append({"title": title, "question": question, "a": a, "b": b,
                           "best": _difference(rows[a], rows[b], "test_accuracy", learned),

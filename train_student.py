@@ -46,7 +46,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     """
     args, device = common.set_up(args)
     splits = data.load(args.dataset, args.data_dir, args.labels, args.val_fraction, args.seed,
-                       args.image_size, args.fit)
+                       args.image_size, args.fit, args.normalise)
     shape = (3, *splits.train.images.shape[1:3])
     torch.manual_seed(common.seed_for(args.seed, "weights"))
     build = dict(arch=args.arch, num_classes=len(splits.classes), image_shape=shape, init=args.init,
@@ -79,9 +79,10 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
 def announce(job, what, loss):
     """Print what the run will do, before it does it."""
     args, (train, val, test) = job.args, job.batches
-    unlabelled = f" ({len(train.unlabelled)} unlabelled)" if len(train.unlabelled) else ""
+    mixed = (f" ({len(train.unlabelled)} unlabelled; {train.taught} of a batch are labelled)"
+             if len(train.unlabelled) else "")
     lines = {
-        "data": f"{args.dataset}: {len(train.labelled) + len(train.unlabelled)} train{unlabelled}, "
+        "data": f"{args.dataset}: {len(train.labelled) + len(train.unlabelled)} train{mixed}, "
                 f"{len(val)} validation, {len(test)} test; {len(job.splits.classes)} classes",
         "loss": loss,
         "steps": f"{args.epochs} epochs of {train.steps()}, batch {train.step_size}; "

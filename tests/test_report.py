@@ -86,7 +86,10 @@ def test_three_seeds_by_hand(tmp_path):
     half = 4.302653 / 3**0.5  # of three differences whose deviation is 1
     expected = {  # differences by hand -> mean, half width, verdict
         "kd - student alone": (3, half, "helps"),                    # 3, 4, 2
+        "kd-only - student alone": (3, half, "helps"),               # 4, 3, 2
         "kd-only - kd": (0, half, "cannot tell"),                    # 1, -1, 0
+        "mean teacher, student - alone": (2, 0, "helps"),    # 2, 2, 2
+        "mean teacher, average - alone": (4, half, "helps"), # 3, 4, 5
         "mean teacher, student - no EMA": (2, half, "cannot tell"),  # 1, 2, 3
         "mean teacher, average - no EMA": (4, 2 * half, "cannot tell"),  # 2, 4, 6
         "average - its student": (2, half, "cannot tell"),           # 1, 2, 3
@@ -138,6 +141,7 @@ def test_no_conclusion_from_what_did_not_learn(tmp_path):
     result = numbers(tmp_path)
     said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
     assert said == {"kd - student alone": "no conclusion", "kd-only - kd": "cannot tell",
+                    "kd-only - student alone": "no conclusion",
                     "student alone - teacher": "no conclusion"}
     assert all(row["gap"] is None for row in result["rows"])
     out = report.terminal(result)
