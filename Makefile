@@ -23,12 +23,30 @@ SHARED  = $(strip --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) -
           $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS))
 READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
-.PHONY: all setup test lint help clean report publish readme \
+# What each recipe runs: of a report, what the report compares.
+REPORTS = tinyimagenet-meanteacher tinyimagenet-kd cifar10-he-max cifar10-xavier-avg svhn-xavier-avg
+RECIPES = digits $(REPORTS) digits-500-labels cifar10-1000-labels
+CHAIN_digits                   = teacher student kd kd-only mean-teacher mean-teacher-no-ema
+CHAIN_tinyimagenet-meanteacher = teacher student kd-only mean-teacher mean-teacher-no-ema
+CHAIN_tinyimagenet-kd          = teacher student kd
+CHAIN_cifar10-he-max           = teacher student kd kd-only kd-ema
+CHAIN_cifar10-xavier-avg       = teacher student kd mean-teacher
+CHAIN_svhn-xavier-avg          = teacher student kd
+CHAIN_digits-500-labels        = student mean-teacher mean-teacher-no-ema
+CHAIN_cifar10-1000-labels      = student mean-teacher mean-teacher-no-ema
+
+.PHONY: all $(RECIPES) reports setup test lint help clean report publish readme \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-all: teacher student kd kd-only mean-teacher mean-teacher-no-ema report  ## the whole chain
+all: $(or $(CHAIN_$(RECIPE)),$(CHAIN_digits)) report  ## the whole chain of a recipe
+
+$(RECIPES): $(READY)
+	@$(MAKE) --no-print-directory all RECIPE=$@
+
+reports: $(READY)  ## the recipes of all five reports, one after the other
+	@for recipe in $(REPORTS); do $(MAKE) --no-print-directory all RECIPE=$$recipe || exit; done
 
 setup: $(READY)  ## only install, into $(VENV)
 
@@ -53,7 +71,7 @@ kd-only: $(READY)  ## the student from the teacher alone
 	$(PYTHON) distill.py --objective kd-only $(SHARED)
 
 kd-ema: $(READY)  ## the student from its own average; not in all
-	$(PYTHON) distill.py --teacher ema $(SHARED)
+	$(PYTHON) distill.py --objective kd --teacher ema $(SHARED)
 
 mean-teacher: $(READY)  ## the student consistent with its own average (EMA)
 	$(PYTHON) distill.py --objective consistency $(SHARED)

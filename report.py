@@ -35,8 +35,9 @@ COLUMNS = {  # column of a table -> its short form on the terminal (None: left o
 COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict",
             "last epoch: points [95 %]", "verdict")
 COMMAND_OF = {
-    "teacher": "train_teacher.py", "student": "train_student.py", "kd": "distill.py",
-    "kd-only": "distill.py --objective kd-only", "kd-ema": "distill.py --teacher ema",
+    "teacher": "train_teacher.py", "student": "train_student.py",
+    "kd": "distill.py --objective kd", "kd-only": "distill.py --objective kd-only",
+    "kd-ema": "distill.py --objective kd --teacher ema",
     "mean-teacher": "distill.py --objective consistency",
     "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
 }
