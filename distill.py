@@ -10,15 +10,23 @@
 
 The same seed sees the same batches and starts from the same student as train_student.py.
 """
+import hashlib
+import json
 import math
+import os
 import shlex
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import common
+import data
+import download
 import flags
 import models
 from train_student import CHOICES, announce, detail, prepare, run
@@ -144,6 +152,68 @@ def report_teacher(teacher, job, path, seen):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
 
+# ---- the teacher cache ------------------------------------------------------------------------
+
+def pick_cache(args, own):
+    """Return whether the teacher's outputs are kept; refuse --cache where they cannot be."""
+    why = ("--teacher ema: this teacher changes with every step" if own else
+           "--noise: every epoch draws its own" if args.noise else
+           "" if args.views else "--views 0: no view comes twice; give --views 4, say")
+    if args.cache and why:
+        flags.fail(f"--cache with {why}; leave --cache out")
+    return not why and (args.epochs > args.views if args.cache is None else args.cache)
+
+
+def kept_outputs(teacher, card, job, stream):
+    """Return batch -> the teacher's logits, (B, classes), computed once for all views and kept in a
+    file that is named by all that they depend on.
+
+    A row's logits are those that the live teacher gives, bit for bit on the CPU: the same images in
+    batches of the same size, in the same precision.
+    """
+    args, train, folder = job.args, job.batches[0], job.folder.parent / ".teacher"
+    code = b"".join(Path(file).read_bytes() for file in (models.__file__, data.__file__, __file__))
+    depends = dict(
+        teacher=job.config["teacher_sha256"], build=card["build"], mean=card["mean"],
+        std=card["std"], data=job.splits.key, normalise=args.normalise, images=len(train),
+        augment=args.augment, views=args.views, seed=args.seed, stream=stream,
+        batch=train.step_size, device=args.device, precision=args.precision,
+        torch=torch.__version__, code=hashlib.sha256(code).hexdigest())
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    path, shape = folder / f"{key}.npy", (args.views, len(train), len(card["classes"]))
+    with download.alone(folder):        # of two runs at once, one computes
+        if not path.exists():
+            fill(path, shape, teacher, train, stream, args.precision)
+    table = torch.from_numpy(np.load(path, mmap_mode="c"))
+    table = table.view(torch.bfloat16) if args.precision == "bf16" else table
+    detail("cache", f"{args.views} views of {len(train)} images, "
+                    f"{path.stat().st_size / 1e6:.1f} MB: {path}")
+    return lambda batch: table[batch.epoch % args.views, batch.rows].to(job.device)
+
+
+@torch.no_grad()
+def fill(path, shape, teacher, train, stream, precision):
+    """Write the teacher's logits for every view of every train image, (V, N, classes)."""
+    aside, (views, n, _), size = path.with_suffix(".part"), shape, train.step_size
+    bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
+    table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
+    with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
+              leave=False, disable=not sys.stderr.isatty()) as bar:
+        for view in range(views):
+            draw = train.draw(stream, view)
+            for start in range(0, n, size):
+                rows = torch.arange(start, start + size).clamp(max=n - 1)      # a padded tail
+                with common.autocast(train.device, precision):
+                    logits = teacher(train.look(rows, draw))[:n - start]
+                logits = logits.bfloat16().view(torch.int16) if bf16 else logits.float()
+                table[view, start:start + size] = logits.cpu().numpy()
+                bar.update(len(logits))
+    table.flush()
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
 # ---- objectives -------------------------------------------------------------------------------
 
 def taught(term, logits, silent):
@@ -161,15 +231,11 @@ def kd_objective(args, teacher):
     silent = [1]
 
     def loss_fn(model, batch):
-        logits, targets = model(batch.x), teacher(batch.x)
+        logits, targets = model(batch.x), teacher(batch)
         if silent and args.alpha:
             taught(kd_loss(logits, targets, batch.y, args.temperature, 1.0), logits, silent)
         return kd_loss(logits, targets, batch.y, args.temperature, args.alpha), logits
-    t, a = args.temperature, args.alpha
-    share = "" if a == 1 else f"{a:g}·"
-    parts = [f"{share}{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
-    parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
-    return loss_fn, " + ".join(parts) + ", means over the batch"
+    return loss_fn
 
 
 def consistency_objective(args, teacher):
@@ -178,16 +244,27 @@ def consistency_objective(args, teacher):
     def loss_fn(model, batch):
         logits = model(batch.x)
         labels = class_cost(logits, batch.y, args.class_cost)
-        views = consistency_loss(logits, teacher(batch.other))
+        views = consistency_loss(logits, teacher(batch))
         if silent and args.class_weight < 1:
             taught(views, logits, silent)
         weight = (1 - args.class_weight) * ramp_up(batch.epoch - args.warm_start, args.ramp_up)
         return args.class_weight * labels + weight * views, logits
-    ramp = f"·ramp over {args.ramp_up} epochs" if args.ramp_up else ""
-    ramp += f" after {args.warm_start} on the labels alone" if args.warm_start else ""
-    return loss_fn, (f"{args.class_weight:g}·{args.class_cost.upper()}(labels) + "
-                     f"{1 - args.class_weight:g}{ramp}·MSE(softmaxes of two views), means over the "
-                     "batch")
+    return loss_fn
+
+
+def formula(args):
+    """Return what is minimised, with its numbers and reductions."""
+    if args.objective == "consistency":
+        weight, ramp = args.class_weight, f"·ramp over {args.ramp_up} epochs" * bool(args.ramp_up)
+        ramp += f" after {args.warm_start} on the labels alone" * bool(args.warm_start)
+        parts = [f"{weight:g}·{args.class_cost.upper()}(labels)",
+                 f"{1 - weight:g}{ramp}·MSE(softmaxes of two views)"]
+    else:
+        t, a = args.temperature, args.alpha
+        share = "" if a == 1 else f"{a:g}·"
+        parts = [f"{share}{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
+        parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
+    return " + ".join(parts) + ", means over the batch"
 
 
 def run_name(args, own):
@@ -203,33 +280,40 @@ def role_of(early):
     return early.objective + "-ema" * (early.teacher == "ema" and early.objective != "consistency")
 
 
+def check(args, path):
+    """Refuse what cannot be: one line that names the flags and the way out."""
+    own, consistency = path is None, args.objective == "consistency"
+    if args.objective == "kd-only" and args.alpha != 1:
+        flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
+                   "alpha is 1; use --objective kd")
+    if not consistency and args.warm_start:
+        flags.fail(f"--warm-start {args.warm_start} with --objective {args.objective}: only "
+                   "consistency has a warm start; leave it out")
+    if own and not consistency and not args.ema_decay:
+        flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
+                   "images, and teach it nothing; give a decay, 0.99 say")
+    if own and consistency and args.augment == "none" and not (args.ema_decay or args.noise):
+        flags.fail("--ema-decay 0 with --augment none and no --noise: the two views would be the "
+                   "same, and teach nothing; give one of the three")
+
+
 def main(argv=None):
     started = time.perf_counter()
     args = flags.parse(__doc__, role_of, CHOICES, argv,
                        groups=("data", "network", "training", "distillation", "run"))
-    if args.objective == "kd-only" and args.alpha != 1:
-        flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
-                   "alpha is 1; use --objective kd")
-    if args.objective != "consistency" and args.warm_start:
-        flags.fail(f"--warm-start {args.warm_start} with --objective {args.objective}: only "
-                   "consistency has a warm start; leave it out")
     path = find_teacher(args)
-    if path is None and args.objective != "consistency" and not args.ema_decay:
-        flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
-                   "images, and teach it nothing; give a decay, 0.99 say")
-    if path is None and args.objective == "consistency" and args.augment == "none" and not (
-            args.ema_decay or args.noise):
-        flags.fail("--ema-decay 0 with --augment none and no --noise: the two views would be the "
-                   "same, and teach nothing; give one of the three")
+    check(args, path)
+    args.cache = pick_cache(args, path is None)
     network, card = models.load(path) if path else (None, None)
     sha256 = models.weights_sha256(card["model"]) if path else None
+    consistency = args.objective == "consistency"
     job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
-                  pair=args.objective == "consistency", noise=args.noise, teacher_sha256=sha256)
+                  pair=consistency, noise=args.noise, teacher_sha256=sha256)
     if path:
         check_teacher(path, card, job)
     if job.final:
         return job.final
-    model, args = job.model, job.args
+    model, args, train = job.model, job.args, job.batches[0]
     average = common.make_average(model) if args.ema_decay else None
     if path:
         teacher = frozen_teacher(network, card, job)
@@ -239,14 +323,20 @@ def main(argv=None):
         def teacher(x):
             with torch.no_grad():
                 return own(x)
-    objective = consistency_objective if args.objective == "consistency" else kd_objective
-    loss_fn, formula = objective(args, teacher)
-    announce(job, f"student, {args.objective}", formula)
+
+    def outputs(batch):
+        return teacher(batch.other if consistency else batch.x)
+
+    announce(job, f"student, {args.objective}", formula(args))
     before, seconds = time.perf_counter(), None
     if path:
         report_teacher(teacher, job, path, card.get("val_fraction", 1) < args.val_fraction)
+        if args.cache and not args.dry_run:
+            train.pair = False
+            outputs = kept_outputs(teacher, card, job, "other view" if consistency else "view")
         seconds = time.perf_counter() - before
-    return run(job, loss_fn, average, seconds)
+    objective = consistency_objective if consistency else kd_objective
+    return run(job, objective(args, outputs), average, seconds)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ DEFAULTS = dict(
                           # small students
     alpha=0.9,            # most of the weight on the teacher: its targets already hold the labels
     class_weight=0.5, class_cost="ce", ramp_up=5, warm_start=0, noise=None,
+    cache=None,
     init_from=None, freeze="none", unfreeze_at=0,
 )
 # Pixels a side; images of a folder get --image-size.
@@ -229,6 +230,8 @@ FLAGS = {
                         help="epochs over which the consistency term grows to its weight"),
         "warm-start": dict(type=number(int, 0, 100_000), metavar="N",
                            help="epochs on the labels alone, before the teacher teaches"),
+        "cache": dict(**on_off, help="compute the teacher's outputs once for all views; default: "
+                                     "where --views is above 0 and below --epochs"),
         "noise": dict(type=four_numbers, metavar="P1,P2,RHO1,RHO2",
                       help="with P1 Gaussian noise of RHO1 standard deviations, with P2 a share "
                            "RHO2 of the pixels erased; off if left out"),

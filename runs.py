@@ -18,7 +18,7 @@ from flags import DEFAULTS, fail
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
 FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "teacher",
-        "init_from"}
+        "init_from", "cache"}
 RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json", "curves.png")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
