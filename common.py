@@ -10,17 +10,28 @@ import copy
 import io
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import runs
-from device import autocast, peak_memory, pick_device, pick_precision, set_up  # noqa: F401
+from device import (  # noqa: F401
+    autocast,
+    peak_memory,
+    pick_device,
+    pick_precision,
+    rank,
+    set_up,
+    share_buffers_,
+    silent,
+    summed,
+    world,
+)
 from flags import RECIPES, Parser, fail, recipes_table, say
 
 # ---- seeds ------------------------------------------------------------------------------------
@@ -99,11 +110,13 @@ def evaluate(model, batches, precision="fp32"):
     finally:
         for module, training in modes:
             module.training = training
-    n = int(sum(rows)) if rows else 0       # the first look at a value: no wait inside the loop
+    # The first look at a value: no wait inside the loop.
+    sums = torch.tensor([torch.stack(lot).cpu().double().sum() if lot else 0
+                         for lot in (losses, hits, rows)], dtype=torch.float64)
+    loss, right, n = summed(sums).tolist()
     if n == 0:
         raise ValueError("evaluate: no labelled rows in these batches")
-    loss = torch.stack(losses).cpu().double().sum().item()
-    return {"loss": loss / n, "accuracy": int(sum(hits)) / n, "n": n}
+    return {"loss": loss / n, "accuracy": right / n, "n": int(n)}
 
 
 # ---- fit --------------------------------------------------------------------------------------
@@ -150,7 +163,9 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
     Returns each step's loss, hits and labelled rows, still on the device: a look at a value would
     make a GPU finish all work under way. On a CPU it is free, and saves the rest of the epoch.
     """
-    losses, hits, rows = [], [], []
+    losses, hits, rows, together = [], [], [], world() > 1
+    # Averages the gradients of all processes during backward; made anew for what is frozen now.
+    network = DistributedDataParallel(model, broadcast_buffers=False) if together else model
     warm = vars(args).get("warm_start", 0) * (total // args.epochs)
     for update, batch in enumerate(batches, update):        # noqa: B020
         for group in optimizer.param_groups:
@@ -158,7 +173,7 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
 
         # forward and loss
         with autocast(batch.x.device, args.precision):
-            loss, logits = loss_fn(model, batch)            # scalar, (B, classes)
+            loss, logits = loss_fn(network, batch)          # scalar, (B, classes)
 
         # backward
         optimizer.zero_grad(set_to_none=True)
@@ -170,6 +185,7 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
         optimizer.step()
 
         # EMA
+        share_buffers_(model)
         if average is not None:
             ema_update_(average, model, ema_decay(args.ema_decay, update - warm))
 
@@ -178,9 +194,10 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
         hits.append((logits.detach().argmax(1) == batch.y).sum())
         rows.append((batch.y >= 0).sum())
         bar.update()
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
+        if loss.device.type == "cpu" and not together and not torch.isfinite(loss):
             break
-    return torch.stack(losses), torch.stack(hits), torch.stack(rows)
+    losses, hits, rows = (summed(torch.stack(lot)) for lot in (losses, hits, rows))
+    return losses / world(), hits, rows
 
 
 def tell_time(batches, total):
@@ -228,7 +245,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     history, best = restore(folder, networks, optimizer) if args.resume else ([], {})
     steps, first = train.steps(), len(history) + 1
     bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, desc=folder.name,
-               unit=" steps", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty())
+               unit=" steps", dynamic_ncols=True, leave=False, disable=silent())
     for epoch in range(first, args.epochs + 1):
         started = time.perf_counter()
         set_training(model, args, epoch)
@@ -253,16 +270,18 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
         for name, network in networks.items():
             if runs.best_epoch(history, name) == epoch:
                 best[name] = {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-        save_epoch(folder, card, history, best, networks, optimizer)
+        if rank() == 0:
+            save_epoch(folder, card, history, best, networks, optimizer)
         say(runs.epoch_line(row, args.epochs))
         warning = runs.learned_nothing(history, args.epochs, limit, len(card["classes"]))
         if warning:
             say(warning)
     bar.close()
     final = score(args, folder, networks, best, history, splits, facts, limit)
-    if draw:
-        draw(history, folder / "curves.png")
-    runs.write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
+    if rank() == 0:
+        if draw:
+            draw(history, folder / "curves.png")
+        runs.write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
     return final
 
 
@@ -326,6 +345,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         # Averaged statistics are not those of the averaged weights: measure them on one epoch.
         with autocast(train.device, args.precision):
             torch.optim.swa_utils.update_bn(train.epoch(args.epochs), average)
+        share_buffers_(average)
         tested["recomputed"] = evaluate(average, test, args.precision)
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]

@@ -9,11 +9,6 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
-import hashlib
-import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +20,8 @@ import digits
 import download
 import readers
 from common import generator, seed_for
+from device import rank, world
 from flags import SIDES, fail, number, parse
-
-CACHE_VERSION = 2      # of the arrays on disk: raised when what is stored changes
 
 
 class Split(NamedTuple):
@@ -45,113 +39,31 @@ class Splits(NamedTuple):
     key: str                # SHA-256 of all images and labels
 
 
-# ---- the arrays on disk -----------------------------------------------------------------------
-
-def shuffled(labels):
-    """Return a fixed order of the rows in which every stretch holds each class in proportion."""
-    rng = np.random.default_rng(0)
-    place = np.empty(len(labels))
-    for c in np.unique(labels):
-        rows = np.flatnonzero(labels == c)
-        place[rng.permutation(rows)] = (np.arange(len(rows)) + rng.random(len(rows))) / len(rows)
-    return np.argsort(place)
-
-
-def mean_and_std(images):
-    """Per channel over all pixels, from 0 to 1; exact, because grey levels are counted first."""
-    counts = np.zeros((3, 256), np.int64)
-    for start in range(0, len(images), 1000):
-        block = images[start:start + 1000].reshape(-1, 3)
-        counts += [np.bincount(block[:, c], minlength=256) for c in range(3)]
-    share = counts / counts.sum(1, keepdims=True)
-    levels = np.arange(256) / 255
-    mean = share @ levels
-    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
-    return mean.tolist(), np.maximum(std, 1 / 255).tolist()     # a channel may be constant
-
-
-def make_arrays(read):
-    """Read a data set; return its four arrays and what is known of them."""
-    arrays, classes = read()
-    (images, labels), (test_images, test_labels) = arrays["train"], arrays["test"]
-    order = shuffled(labels)
-    arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
-              "test_images": test_images, "test_labels": test_labels.astype(np.int64)}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(arrays[name])
-    mean, std = mean_and_std(images)
-    return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
-                        std=std, key=digest.hexdigest())
-
-
-def mapped(folder):
-    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None."""
-    try:
-        facts = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
-                  ("train_images", "train_labels", "test_images", "test_labels")}
-    except (OSError, EOFError, ValueError):
-        return None
-    return (arrays, facts) if facts.get("version") == CACHE_VERSION else None
-
-
-def cached_arrays(folder, read):
-    """Return (arrays, facts) from a folder of .npy files, made by read() where it is not there.
-    Of several processes that start at once, one makes it."""
-    found = mapped(folder)
-    if found:
-        return found
-    with download.alone(folder.parent):
-        return mapped(folder) or kept(folder, *make_arrays(read))
-
-
-def kept(folder, arrays, facts):
-    """Write arrays and facts to a folder that appears whole or not at all; return both."""
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        aside.mkdir(parents=True)
-        for name, array in arrays.items():
-            np.save(aside / f"{name}.npy", array)
-        (aside / "meta.json").write_text(json.dumps(facts))
-        # Arrays of an earlier state of the same folder, or of an earlier version, are of no use.
-        kind = folder.name.rpartition("-")[0]
-        for old in folder.parent.iterdir():
-            if old == folder or (old.name.rpartition("-")[0] == kind and not old.name.endswith(
-                    ".part") and (old / "train_labels.npy").is_file()):
-                shutil.rmtree(old, ignore_errors=True)
-        os.rename(aside, folder)
-    except OSError as error:       # read-only data, say: learn from memory, decode again next time
-        shutil.rmtree(aside, ignore_errors=True)
-        if not (folder / "meta.json").exists():       # else another process was faster
-            print(f"note: arrays not kept in {folder.parent} ({error.strerror})", file=sys.stderr)
-    return arrays, facts
-
+# ---- data sets --------------------------------------------------------------------------------
 
 def open_digits(data_dir, size, fit):
-    return cached_arrays(data_dir / f"digits-{digits.VERSION}",
-                         lambda: (digits.splits(), range(10)))
+    return readers.cached_arrays(data_dir / f"digits-{digits.VERSION}",
+                                 lambda: (digits.splits(), range(10)))
 
 
 def open_folder(data_dir, size, fit):
     listing = readers.folder_listing(data_dir)
-    return cached_arrays(data_dir / ".arrays" / f"{size}-{fit}-{readers.fingerprint(listing)}",
-                         lambda: readers.read_folder(listing, size, fit))
+    folder = data_dir / ".arrays" / f"{size}-{fit}-{readers.fingerprint(listing)}"
+    return readers.cached_arrays(folder, lambda: readers.read_folder(listing, size, fit))
 
 
 def open_tinyimagenet(data_dir, size, fit):
     root = download.ensure("tinyimagenet", data_dir)
     listing = readers.tiny_listing(root / download.FOLDERS["tinyimagenet"])
-    return cached_arrays(root / ".arrays" / f"tinyimagenet-{readers.fingerprint(listing)}",
-                         lambda: readers.read_folder(listing, size, fit))
+    return readers.cached_arrays(root / ".arrays" / f"tinyimagenet-{readers.fingerprint(listing)}",
+                                 lambda: readers.read_folder(listing, size, fit))
 
 
 def published(name, read):
     """Return an opener. The published checksums name the arrays; made once, they are enough."""
     def open_set(data_dir, size, fit):
         folder = download.root_of(name, data_dir) / ".arrays" / f"{name}-{download.key(name)}"
-        return cached_arrays(folder, lambda: read(download.ensure(name, data_dir)))
+        return readers.cached_arrays(folder, lambda: read(download.ensure(name, data_dir)))
     return open_set
 
 
@@ -228,6 +140,9 @@ LABELLED_SHARE = 0.25
 class Batches:
     """The batches of a split, made on the device: iterate for all rows in order and unaugmented,
     or take epoch(e) for a shuffled, augmented training epoch, the same whenever it is drawn.
+
+    Of several processes each draws the same epoch and takes an equal share of every batch's
+    labelled and of its unlabelled rows; iterating, it takes every so manyth batch.
     """
 
     def __init__(self, split, mean, std, batch_size, device="cpu", augment="none", views=0, seed=0,
@@ -248,6 +163,8 @@ class Batches:
         if len(self.unlabelled):
             share = max(LABELLED_SHARE, len(self.labelled) / total)
             self.taught = len(self.labelled) and min(max(1, round(size * share)), size - 1)
+        share = [*range(self.taught)[rank()::world()], *range(self.taught, size)[rank()::world()]]
+        self.mine = torch.tensor(share) if world() > 1 else slice(None)
         # (x/255 − mean)/std in one multiplication and one addition
         std = torch.tensor(std, dtype=torch.float32, device=self.device)
         self.scale = 1 / (255 * std)
@@ -257,7 +174,7 @@ class Batches:
         return len(self.images)
 
     def __iter__(self):
-        for start in range(0, len(self), self.batch_size):
+        for start in range(0, len(self), self.batch_size)[rank()::world()]:
             rows = torch.arange(start, min(start + self.batch_size, len(self)))
             yield Batch(self.look(rows), self.labels[rows.to(self.device)], rows)
 
@@ -292,11 +209,12 @@ class Batches:
         noises = ("noise", "other noise")[:len(draws)] if self.noise else ()
         lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch))
                 for stream in noises]
-        for step, rows in enumerate(self.order(epoch)):
+        for step, rows in enumerate(self.order(epoch)[:, self.mine]):
             looks = [self.look(rows, draw) for draw in draws]
             for i, stream in enumerate(noises):
                 g = generator(self.seed, stream, epoch, step, device=self.device)
-                looks[i] = disturb(looks[i], self.noise, lots[i][:, rows], g)
+                looks[i] = disturb(looks[i], self.noise, lots[i][:, rows], g, self.step_size,
+                                   self.mine)
             y = self.labels[rows.to(self.device)]
             yield Batch(looks[0], y, rows, looks[1] if self.pair else None, epoch)
 
@@ -329,15 +247,17 @@ class Batches:
         return x.permute(0, 3, 1, 2)         # a view: the memory stays channels last
 
 
-def disturb(x, noise, lots, g):
+def disturb(x, noise, lots, g, step_size, mine):
     """Return x (B, 3, H, W) with noise (p1, p2, ρ1, ρ2): with probability p1 an image gets Gaussian
     noise of ρ1 standard deviations of the data, with p2 a share ρ2 of its pixels is erased (set to
-    the data's mean). lots (2, B), from 0 to 1, say who; g, on x's device, draws the pixels.
+    the data's mean). lots (2, B), from 0 to 1, say who; g, on x's device, draws the pixels of a
+    whole step, of which `mine` are x's.
     """
     p1, p2, strength, share = noise
     one, two = (lots < torch.tensor([[p1], [p2]])).to(x.device).view(2, -1, 1, 1, 1)
-    bell = torch.randn(x.shape, generator=g, device=x.device)
-    erased = torch.rand(len(x), 1, *x.shape[2:], generator=g, device=x.device) < share
+    shape = step_size, *x.shape[1:]
+    bell = torch.randn(shape, generator=g, device=x.device)[mine]
+    erased = torch.rand(step_size, 1, *shape[2:], generator=g, device=x.device)[mine] < share
     x = (x + one * strength * bell).masked_fill(two & erased, 0)
     return x.contiguous(memory_format=torch.channels_last)
 

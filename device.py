@@ -1,10 +1,12 @@
-"""Where a run computes: device, precision, deterministic kernels, memory. No command of its own."""
+"""Where a run computes: device, precision, processes, memory. No command of its own."""
 import copy
+import datetime
 import os
 import resource
 import sys
 
 import torch
+import torch.distributed as dist
 
 from flags import fail
 
@@ -36,8 +38,10 @@ def autocast(device, precision):
 
 
 def set_up(args):
-    """Resolve --device and --precision in a copy of the flags; return it and the torch.device."""
+    """Resolve --device and --precision in a copy of the flags, join the processes of torchrun if
+    one started us; return the copy and the torch.device."""
     device = pick_device(args.device)
+    join(device)
     args = copy.copy(args)
     args.device, args.precision = device.type, pick_precision(args.precision, device)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
@@ -46,6 +50,58 @@ def set_up(args):
     torch.backends.cudnn.benchmark = not args.deterministic
     return args, device
 
+
+# ---- several processes ------------------------------------------------------------------------
+
+def join(device):
+    """Join the other processes, where torchrun started this one; each GPU serves one of them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Hours, for one may compute the teacher's outputs, or decode images, while others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))
+
+
+def rank():
+    """Return this process's number; 0 writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def silent():
+    """Whether to draw no progress bar: on no terminal, and by no process but the first."""
+    return rank() > 0 or not sys.stderr.isatty()
+
+
+def wait():
+    """Go on when all processes are here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def summed(tensor):
+    """Return the sum of a tensor over all processes."""
+    if world() == 1:
+        return tensor
+    there = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(there)
+    return there.to(tensor.device)
+
+
+def share_buffers_(*modules):
+    """Give every process the buffers of the first: BatchNorm's statistics are of its rows."""
+    if world() > 1:
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
+# ---- memory -----------------------------------------------------------------------------------
 
 def peak_memory():
     """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""

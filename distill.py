@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ import data
 import download
 import flags
 import models
+from device import silent
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def fill(path, shape, teacher, train, stream, precision):
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
     with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
-              leave=False, disable=not sys.stderr.isatty()) as bar:
+              leave=False, disable=silent()) as bar:
         for view in range(views):
             draw = train.draw(stream, view)
             for start in range(0, n, size):

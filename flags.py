@@ -6,6 +6,7 @@ A recipe sets the defaults, a typed flag wins, and nothing is written back.
 """
 import argparse
 import math
+import os
 import re
 import sys
 import textwrap
@@ -111,16 +112,22 @@ def settings(recipe, role):
 
 # ---- flags ------------------------------------------------------------------------------------
 
+RANK = int(os.environ.get("RANK", 0))       # torchrun's number of this process
+
+
 def fail(message, code=2):
     """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
+    if RANK:        # of torchrun's processes each may fail alone
+        message = f"process {RANK}: {message}"
     tqdm.write("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
     raise SystemExit(code)
 
 
 def say(line):
-    """Print a line on stdout, above a progress bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line on stdout, above a progress bar if there is one; of several processes one."""
+    if not RANK:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def words(argv):

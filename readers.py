@@ -1,9 +1,12 @@
 """Files → uint8 arrays: images of any size and mode in class folders, and three published sets.
+The arrays are kept on disk, and mapped into memory at the next start.
 
     <root>/train/<class>/*    <root>/test/<class>/*  (or val/)
 """
 import hashlib
+import json
 import os
+import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import download
 from flags import fail, say
 
 
@@ -236,3 +240,90 @@ def tiny_listing(root):
         say(f"{root}: a part, {found} of {len(wnids)} classes, {images} of their {whole} train "
             "images")
     return listing
+
+
+# ---- the arrays on disk -----------------------------------------------------------------------
+
+CACHE_VERSION = 2      # raised when what is stored changes
+
+
+def shuffled(labels):
+    """Return a fixed order of the rows in which every stretch holds each class in proportion."""
+    rng = np.random.default_rng(0)
+    place = np.empty(len(labels))
+    for c in np.unique(labels):
+        rows = np.flatnonzero(labels == c)
+        place[rng.permutation(rows)] = (np.arange(len(rows)) + rng.random(len(rows))) / len(rows)
+    return np.argsort(place)
+
+
+def mean_and_std(images):
+    """Per channel over all pixels, from 0 to 1; exact, because grey levels are counted first."""
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), 1000):
+        block = images[start:start + 1000].reshape(-1, 3)
+        counts += [np.bincount(block[:, c], minlength=256) for c in range(3)]
+    share = counts / counts.sum(1, keepdims=True)
+    levels = np.arange(256) / 255
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()     # a channel may be constant
+
+
+def make_arrays(read):
+    """Read a data set; return its four arrays and what is known of them."""
+    arrays, classes = read()
+    (images, labels), (test_images, test_labels) = arrays["train"], arrays["test"]
+    order = shuffled(labels)
+    arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
+              "test_images": test_images, "test_labels": test_labels.astype(np.int64)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name])
+    mean, std = mean_and_std(images)
+    return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
+                        std=std, key=digest.hexdigest())
+
+
+def mapped(folder):
+    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None."""
+    try:
+        facts = json.loads((folder / "meta.json").read_text())
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
+                  ("train_images", "train_labels", "test_images", "test_labels")}
+    except (OSError, EOFError, ValueError):
+        return None
+    return (arrays, facts) if facts.get("version") == CACHE_VERSION else None
+
+
+def cached_arrays(folder, read):
+    """Return (arrays, facts) from a folder of .npy files, made by read() where it is not there.
+    Of several processes that start at once, one makes it."""
+    found = mapped(folder)
+    if found:
+        return found
+    with download.alone(folder.parent):
+        return mapped(folder) or kept(folder, *make_arrays(read))
+
+
+def kept(folder, arrays, facts):
+    """Write arrays and facts to a folder that appears whole or not at all; return both."""
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        aside.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(aside / f"{name}.npy", array)
+        (aside / "meta.json").write_text(json.dumps(facts))
+        # Arrays of an earlier state of the same folder, or of an earlier version, are of no use.
+        kind = folder.name.rpartition("-")[0]
+        for old in folder.parent.iterdir():
+            if old == folder or (old.name.rpartition("-")[0] == kind and not old.name.endswith(
+                    ".part") and (old / "train_labels.npy").is_file()):
+                shutil.rmtree(old, ignore_errors=True)
+        os.rename(aside, folder)
+    except OSError as error:       # read-only data, say: learn from memory, decode again next time
+        shutil.rmtree(aside, ignore_errors=True)
+        if not (folder / "meta.json").exists():       # else another process was faster
+            print(f"note: arrays not kept in {folder.parent} ({error.strerror})", file=sys.stderr)
+    return arrays, facts

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 from statistics import mean, stdev
 
-from flags import DEFAULTS, fail
+from flags import DEFAULTS, fail, say
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
@@ -95,7 +95,7 @@ def open_run(args, config, name):
     elif finished:
         fail(f"{folder}: final.json without config.json; {ways}")
     if finished:
-        print(f"{folder}: finished already, kept")
+        say(f"{folder}: finished already, kept")
         return folder, read_json(folder / "final.json")
     if not args.resume and any(folder.iterdir()):
         fail(f"{folder}: an unfinished run; add --resume to go on from its last finished epoch, "

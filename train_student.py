@@ -20,6 +20,7 @@ import flags
 import look
 import models
 import runs
+from device import rank, wait, world
 
 CHOICES = models.CHOICES | data.CHOICES
 LOSS = "mean over the batch of −log softmax(student)[label]"
@@ -35,7 +36,8 @@ def versions():
     """Return the versions and the device that config.json names."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                system=platform.system(), device=name, threads=torch.get_num_threads())
+                system=platform.system(), device=name, threads=torch.get_num_threads(),
+                processes=world())
 
 
 def prepare(args, script, name, started, pair=False, labelled_only=True, noise=None, **known):
@@ -70,6 +72,11 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     if len(train.unlabelled) and train.step_size < 2:
         flags.fail(f"--batch-size {args.batch_size} with --labels {args.labels}: a batch needs at "
                    "least 2, a labelled and an unlabelled image")
+    shares = train.taught % world(), (train.step_size - train.taught) % world()
+    if any(shares):
+        flags.fail(f"--batch-size {args.batch_size}: {train.taught} labelled and "
+                   f"{train.step_size - train.taught} unlabelled images of a step cannot be shared "
+                   f"equally by {world()} processes; give a multiple of {world()} of each")
     val, test = (batches(split, 500) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
                            final=final, config=config, facts=facts, card=card, started=started,
@@ -110,7 +117,10 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
     if job.args.dry_run:
         flags.say("dry run: all of the above was checked, no run was made")
         return job.config
-    runs.begin_run(job.args, job.folder, job.config)
+    wait()          # until every process has seen the folder as it was
+    if rank() == 0:
+        runs.begin_run(job.args, job.folder, job.config)
+    wait()
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - (teacher_seconds or 0)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import readers
 
 SIDE, REACH = 16, 2         # a crop moves by up to an eighth of the side
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -293,9 +294,9 @@ def test_every_class_is_in_validation_in_proportion(easy, fraction, each):
 
 def test_classes_of_unequal_size_keep_their_share():
     labels = np.repeat([0, 1, 2], [600, 300, 100])
-    order = data.shuffled(labels)
+    order = readers.shuffled(labels)
     assert sorted(order) == list(range(1000))
-    np.testing.assert_array_equal(order, data.shuffled(labels))
+    np.testing.assert_array_equal(order, readers.shuffled(labels))
     for part in np.split(labels[order], 10):        # the last of ten is the validation split
         assert np.abs(np.bincount(part, minlength=3) - [60, 30, 10]).max() <= 1
     rows = order[labels[order] == 0]                # shuffled within a class too
@@ -316,7 +317,7 @@ def test_mean_and_std_are_of_the_whole_train_split(easy):
 
 def test_a_constant_channel_does_not_divide_by_zero():
     images = np.zeros((5, 4, 4, 3), np.uint8)
-    mean, std = data.mean_and_std(images)
+    mean, std = readers.mean_and_std(images)
     assert mean == [0, 0, 0] and min(std) > 0
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 import common
 import data
 import download
+import readers
 
 PART = Path(common.__file__).parent.parent / "shared/data/tiny-imagenet-200.part1of4.tar.xz"
 
@@ -350,7 +351,7 @@ def make_arrays(root, log):
         pictures = images(40, 0)
         return {part: (pictures, np.arange(40) % 4) for part in ("train", "test")}, range(4)
 
-    arrays, facts = data.cached_arrays(root / ".arrays" / "some-set", read)
+    arrays, facts = readers.cached_arrays(root / ".arrays" / "some-set", read)
     (root / f"{os.getpid()}.key").write_text(facts["key"])
     os._exit(0 if arrays["train_images"].shape == (40, 32, 32, 3) else 1)
 

@@ -1,0 +1,140 @@
+"""Two processes under torchrun: each draws the same epoch and takes its share of every batch."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+import common
+import data
+import device
+
+ROOT = Path(common.__file__).parent
+
+
+def start(script, argv, processes=2):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+             str(processes), "--", str(ROOT / script), *argv]
+    return subprocess.Popen(words, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def both(script, module, easy, results, *flags, epochs=3):
+    """The same run by one process, here, and by two; and what the two printed."""
+    final = tiny.run(module, easy, results, "--run", "one", *flags, epochs=epochs)
+    child = start(script, tiny.words(easy, results, "--run", "two", *flags, epochs=epochs))
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    folder = results / "digits"
+    rows = [tiny.metrics(folder / name) for name in ("one", "two")]
+    finals = [final, json.loads((folder / "two" / "final.json").read_text())]
+    return rows, finals, out
+
+
+def close(rows, finals):
+    assert len(rows[0]) == len(rows[1])
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert (one[key] == "") == (two[key] == "")
+            if one[key]:
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=2e-4, abs=1e-5), key
+    for key in ("test_accuracy", "test_loss", "ema_test_accuracy", "best_epoch"):
+        assert finals[0][key] == pytest.approx(finals[1][key], rel=2e-4)
+
+
+def test_two_processes_learn_what_one_does(easy, tmp_path):
+    """Few labels, noise, an average as teacher: all that is shared out or drawn."""
+    import distill
+    rows, finals, out = both("distill.py", distill, easy, tmp_path, "--objective", "consistency",
+                             "--labels", 60, "--noise", "0.5,0.5,0.3,0.1", "--ema-decay", 0.9)
+    close(rows, finals)
+    assert out.count("epoch 1/3") == 1 and out.count("student, consistency") == 1   # one speaks
+    config = json.loads((tmp_path / "digits" / "two" / "config.json").read_text())
+    assert config["versions"]["processes"] == 2
+
+
+def test_batchnorm_keeps_the_first_ones_statistics_and_all_agree(easy, tmp_path):
+    """Statistics are of half a batch, so the losses differ from one process's; but the weights
+    that are saved must give the accuracies that are written down."""
+    import look
+    import train_student
+    rows, finals, _ = both("train_student.py", train_student, easy, tmp_path, "--norm", "batch",
+                           "--ema-decay", 0.9)
+    assert rows[0] != rows[1]
+    found = look.predict(tmp_path / "digits" / "two", sorted(easy.glob("test/*/*.png")))
+    right = [one["class"] == path.parent.name for one, path in
+             zip(found, sorted(easy.glob("test/*/*.png")), strict=True)]
+    assert sum(right) / len(right) == pytest.approx(finals[1]["test_accuracy"])
+
+
+def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
+    import train_student
+    flags = ("--run", "cut", "--epochs", 400)
+    child = start("train_student.py", tiny.words(easy, tmp_path, *flags))
+    folder, deadline = tmp_path / "digits" / "cut", time.monotonic() + 100
+    while not (folder / "checkpoint.pt").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(child.pid)], text=True, capture_output=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode != 0 and "SIGKILL" in err
+    for worker in workers.stdout.split():
+        assert not Path(f"/proc/{worker}").exists()
+    epochs = len(tiny.load(folder / "checkpoint.pt")["history"])
+    final = tiny.run(train_student, easy, tmp_path, "--run", "cut", "--resume", epochs=400)
+    assert epochs >= 1 and final["epochs"] == 400
+
+
+@pytest.mark.parametrize("labels, size, taught", [(None, 15, 15), (40, 16, 5)])
+def test_a_batch_that_cannot_be_shared_is_refused(easy, tmp_path, monkeypatch, capsys, labels,
+                                                  size, taught):
+    import distill
+    import train_student
+    monkeypatch.setattr(train_student, "world", lambda: 2)
+    flags = ["--objective", "consistency"] if labels else []
+    flags += ["--labels", labels] if labels else []
+    tiny.refused(capsys, distill if labels else train_student,
+                 tiny.words(easy, tmp_path, "--batch-size", size, *flags), f"--batch-size {size}",
+                 f"{taught} labelled", "2 processes")
+    assert not (tmp_path / "digits").exists()
+
+
+def test_shares_of_a_batch_make_it_up(monkeypatch):
+    split = data.Split(tiny_images(40), tiny_labels(40))
+
+    def rows(number, of):
+        monkeypatch.setattr(data, "rank", lambda: number)
+        monkeypatch.setattr(data, "world", lambda: of)
+        batches = data.Batches(split, (0,) * 3, (1,) * 3, 16, noise=(1, 1, 0.1, 0.1))
+        return ([batch for batch in batches.epoch(1)], [batch.rows.tolist() for batch in batches])
+
+    (whole, everything), *parts = rows(0, 1), rows(0, 2), rows(1, 2)
+    assert sorted(parts[0][1] + parts[1][1]) == everything
+    for step, batch in enumerate(whole):
+        a, b = parts[0][0][step], parts[1][0][step]
+        assert sorted([*a.rows.tolist(), *b.rows.tolist()]) == sorted(batch.rows.tolist())
+        for part in (a, b):
+            assert (part.y >= 0).sum() == 4 - 2             # a quarter of 16, shared
+            at = [batch.rows.tolist().index(row) for row in part.rows.tolist()]
+            assert (batch.x[at] == part.x).all()            # the noise is that of the whole batch
+
+
+def tiny_images(count):
+    import numpy as np
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+
+
+def tiny_labels(count):
+    import numpy as np
+    return np.where(np.arange(count) < 8, np.arange(count) % 4, -1)
+
+
+def test_alone_there_is_nothing_to_share():
+    assert device.world() == 1 and device.rank() == 0
