@@ -35,7 +35,7 @@ CHAIN_svhn-xavier-avg          = teacher student kd
 CHAIN_digits-500-labels        = student mean-teacher mean-teacher-no-ema
 CHAIN_cifar10-1000-labels      = student mean-teacher mean-teacher-no-ema
 
-.PHONY: all $(RECIPES) reports setup test lint help clean report publish readme \
+.PHONY: all $(RECIPES) reports setup test lint help clean report publish readme bench \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -84,6 +84,9 @@ report: $(READY)  ## table and picture of what is finished
 
 publish: $(READY)  ## copy a recipe's small files to results/published
 	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)"
+
+bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
+	$(PYTHON) tests/bench.py --data-dir "$(or $(DATA_DIR),data/cifar10)"
 
 readme: $(READY)  ## fill the README's tables from results/published
 	$(PYTHON) report.py readme

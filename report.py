@@ -207,9 +207,27 @@ def markdown_commands(report):
     return _pipes(("command", "or", "test %", "seconds"), lines)
 
 
+def markdown_bench(found):
+    """published/bench.json as Markdown: what, goal, and a column for each kind of device."""
+    kinds = {"cpu": "CPU", "cuda": "GPU"}
+    lines, machines = {}, []
+    for kind in kinds:
+        for name, part in found.get(kind, {}).items():
+            for row in part["rows"]:
+                value = f"{row['ratio']:.3g}" + ("" if row["met"] else " (missed)")
+                lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
+        made = [part["machine"] for part in found.get(kind, {}).values()]
+        machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
+                            f"{m['precision']}, torch {m['torch']}" for m in made})
+    table = _pipes(("what", "goal", *kinds.values()), [
+        [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
+        for (_, title, goal), values in lines.items()])
+    return table + "\n\n" + "<br>\n".join(machines)
+
+
 # Markers of the README.
 BLOCKS = {"table": markdown_table, "comparisons": markdown_comparisons,
-          "commands": markdown_commands}
+          "commands": markdown_commands, "bench": markdown_bench}
 
 
 def markdown(report):
@@ -294,14 +312,15 @@ def readme(flags):
 
 
 def _block(flags, kind, recipe):
-    source = Path(flags.results_dir) / "published" / recipe / "report.json"
+    place = Path(flags.results_dir) / "published"
+    source = place / "bench.json" if kind == "bench" else place / recipe / "report.json"
     if kind not in BLOCKS:
         fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
     try:
         return BLOCKS[kind](json.loads(source.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
-             f"`make publish RECIPE={recipe}` makes it")
+             f"`make {'bench' if kind == 'bench' else f'publish RECIPE={recipe}'}` makes it")
 
 
 COMMANDS = {"report": write, "publish": publish, "readme": readme}

@@ -113,7 +113,7 @@ def test_shares_of_a_batch_make_it_up(monkeypatch):
         monkeypatch.setattr(data, "rank", lambda: number)
         monkeypatch.setattr(data, "world", lambda: of)
         batches = data.Batches(split, (0,) * 3, (1,) * 3, 16, noise=(1, 1, 0.1, 0.1))
-        return ([batch for batch in batches.epoch(1)], [batch.rows.tolist() for batch in batches])
+        return (list(batches.epoch(1)), [batch.rows.tolist() for batch in batches])
 
     (whole, everything), *parts = rows(0, 1), rows(0, 2), rows(1, 2)
     assert sorted(parts[0][1] + parts[1][1]) == everything

@@ -1,0 +1,442 @@
+"""How fast the scripts are, as ratios to what surrounds them: `make bench`.
+
+    python tests/bench.py --data-dir data/cifar10                 all rows; writes bench.json
+    python tests/bench.py --data-dir data/cifar10 --only ema,start
+
+Needs CIFAR-10 as class folders. Every figure is a ratio of two speeds taken in turn, three times,
+the best of each. Yardsticks are written out here: the loop as tutorials write it, and the bare
+step, which has its batch in place and does nothing but learn from it.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import common  # noqa: E402
+import data  # noqa: E402
+import distill  # noqa: E402
+import models  # noqa: E402
+import runs  # noqa: E402
+import train_student  # noqa: E402
+import train_teacher  # noqa: E402
+from flags import settings  # noqa: E402
+
+OUT = ROOT / "results" / "published" / "bench.json"
+PER_CLASS = 1000        # train images of a class: an epoch of seconds, as long as 10 000 images
+LARGE, SMALL = "cifar10-xavier-avg", "cifar10-he-max"
+VIEWS, EPOCHS = 4, 15   # of the whole kd
+
+
+def best_in_turn(*measures, rounds=3):
+    """Run each measure (a function that returns a speed) in turn; return the best of each."""
+    found = [[measure() for measure in measures] for _ in range(rounds)]
+    return [max(column) for column in zip(*found, strict=True)]
+
+
+def timed(function, least=3.0):
+    """Return calls per second of a function, over so many seconds at least, after two to warm up.
+    """
+    function(), function()
+    sync()
+    calls, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < least:
+        function()
+        calls += 1
+        if calls % 10 == 0:
+            sync()
+    sync()
+    return calls / (time.perf_counter() - started if torch.cuda.is_available() else seconds)
+
+
+def sync():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device():
+    return common.pick_device("auto")
+
+
+def precision():
+    return common.pick_precision("auto", device())
+
+
+def network(recipe, role="student", layout=torch.channels_last):
+    values = settings(recipe, role)
+    torch.manual_seed(0)
+    net = models.build(values["arch"], 10, (3, 32, 32), values["init"], values["pool"])
+    return net.to(device(), memory_format=layout)
+
+
+# ---- yardsticks -------------------------------------------------------------------------------
+
+def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
+    """Images per second of the loop as the five reports write it."""
+    from torchvision import datasets, transforms
+
+    images = datasets.ImageFolder(folder / "train", transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]))
+    loader = torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=workers,
+                                         drop_last=True)
+    model = network(recipe, layout=torch.contiguous_format).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    seen, started = 0, None
+    for x, y in loader:
+        if started is None:         # the first batch waits for the workers to start
+            started = time.perf_counter()
+            continue
+        x, y = x.to(device()), y.to(device())
+        logits = model(x)
+        if teacher is None:
+            loss = F.cross_entropy(logits, y)
+        else:
+            with torch.no_grad():
+                target = F.softmax(teacher(x) / 4, 1)
+            loss = 0.9 * 16 * F.kl_div(F.log_softmax(logits / 4, 1), target,
+                                       reduction="batchmean") + 0.1 * F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        seen += len(x)
+        if time.perf_counter() - started > seconds:
+            break
+    return seen / (time.perf_counter() - started)
+
+
+def bare_step(recipe, size=128, compiled=False):
+    """Images per second of forward, loss, backward, step on one batch that is already in place."""
+    model = network(recipe).train()
+    if compiled:
+        model.compile(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    x = torch.randn(size, 3, 32, 32).to(device(), memory_format=torch.channels_last)
+    y = torch.randint(10, (size,)).to(device())
+
+    def step():
+        with common.autocast(device(), precision()):
+            loss = F.cross_entropy(model(x).float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return size * timed(step)
+
+
+# ---- the scripts ------------------------------------------------------------------------------
+
+def script(module, recipe, folder, results, *flags, epochs=3):
+    """The final dict of a run of the real script, silently."""
+    words = ["--recipe", recipe, "--dataset", "folder", "--data-dir", folder, "--epochs", epochs,
+             "--results-dir", results, "--overwrite", *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return module.main([str(word) for word in words])
+
+
+def row(title, ratio, goal, **figures):
+    """One line of the table; a goal reads "≥ 2.5", or is None."""
+    kind, value = goal.split() if goal else ("≥", "-inf")
+    met = ratio >= float(value) if kind == "≥" else ratio <= float(value)
+    return dict(title=title, ratio=ratio, goal=goal, met=bool(met), figures=figures)
+
+
+def bench_student(folder, results):
+    """The student's loop against the report loop and the bare step."""
+    rows = []
+    workers = max((0, 2), key=lambda n: report_loop(folder, LARGE, workers=n, seconds=6))
+    for recipe, limit in ((LARGE, 0.95), (SMALL, 0.80)):
+        ours, theirs, bare = best_in_turn(
+            lambda r=recipe: script(train_student, r, folder, results)["images_per_second"],
+            lambda r=recipe: report_loop(folder, r, workers=workers),
+            lambda r=recipe: bare_step(r))
+        figures = dict(ours=ours, report_loop=theirs, bare_step=bare, workers=workers)
+        if recipe == LARGE:
+            rows.append(row(f"student of {recipe}, augmented / report loop, not augmented",
+                            ours / theirs, "≥ 2.5", **figures))
+        rows.append(row(f"student of {recipe} / bare step, batch 128", ours / bare,
+                        f"≥ {limit}", **figures))
+    return rows
+
+
+def bench_kd(folder, results):
+    """kd from the cache against the student alone, and against the report loop's live teacher."""
+    recipe, views = LARGE, ("--views", VIEWS)
+    script(train_teacher, recipe, folder, results, "--epochs", 1, "--val-fraction", 0.1)
+    teacher = network(recipe, "teacher", torch.contiguous_format).eval()
+    workers = max((0, 2), key=lambda n: report_loop(folder, recipe, workers=n, seconds=6))
+    shutil.rmtree(results / recipe / ".teacher", ignore_errors=True)
+    filled = script(distill, recipe, folder, results, *views, epochs=VIEWS + 1)
+    kept = []
+
+    def cached():
+        kept.append(script(distill, recipe, folder, results, *views, epochs=VIEWS + 1))
+        return kept[-1]["images_per_second"]
+
+    ours, alone, theirs = best_in_turn(
+        cached,
+        lambda: script(train_student, recipe, folder, results, *views)["images_per_second"],
+        lambda: report_loop(folder, recipe, teacher, workers))
+    # The whole of kd: filling once, then epochs; all in proportion to the images.
+    filling = filled["teacher_seconds"] - min(final["teacher_seconds"] for final in kept)
+    images = PER_CLASS * 10 * 0.9
+    whole = EPOCHS * images / theirs / (filling + EPOCHS * images / ours)
+    figures = dict(cached=ours, alone=alone, report_loop=theirs, filling_seconds=filling,
+                   views=VIEWS, workers=workers)
+    return [row(f"epoch of kd, cached / of the student alone ({recipe})", alone / ours, "≤ 1.10",
+                **figures),
+            row("kd, cached / report loop with its live teacher", ours / theirs, "≥ 12", **figures),
+            row(f"the same over {EPOCHS} epochs, filling {VIEWS} views included", whole, "≥ 4",
+                **figures)]
+
+
+def bench_ema(folder, results):
+    """The EMA update against a training step, and against torch's and timm's."""
+    rows = []
+    for recipe in (LARGE, SMALL):
+        model = network(recipe)
+        ours = common.make_average(model)
+        multi = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+        theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=multi, use_buffers=True)
+        theirs.update_parameters(model)
+        measures = [lambda m=model, a=ours: timed(lambda: common.ema_update_(a, m, 0.99), 1.0),
+                    lambda m=model, a=theirs: timed(lambda: a.update_parameters(m), 1.0),
+                    lambda r=recipe: bare_step(r) / 128]
+        try:
+            from timm.utils import ModelEmaV3
+            timm = ModelEmaV3(model, decay=0.99)
+            measures.append(lambda m=model, a=timm: timed(lambda: a.update(m), 1.0))
+        except ImportError:
+            print("timm is not installed: its row is left out", file=sys.stderr)
+        update, torchs, step, *timms = best_in_turn(*measures)
+        figures = dict(update_ms=1e3 / update, torch_ms=1e3 / torchs, step_ms=1e3 / step,
+                       timm_ms=1e3 / timms[0] if timms else None)
+        rows += [row(f"EMA update / training step ({recipe})", step / update, "≤ 0.03", **figures),
+                 row(f"EMA update / torch's ({recipe})", torchs / update, "≤ 1", **figures)]
+        if timms:
+            rows.append(row(f"EMA update / timm's ({recipe})", timms[0] / update, "≤ 1", **figures))
+    return rows
+
+
+def bench_start(folder, results):
+    """From the command to the first step on 50 000 images of 32×32, arrays kept; and memory."""
+    made = results / "made"
+    if not made.exists():
+        make_images(made, 50_000)
+    code = ("import sys, time, resource, common, train_student\n"
+            "step = common.make_optimizer\n"
+            "def first(*a):\n"
+            "    o = step(*a); s = o.step\n"
+            "    def stop(*b, **c):\n"
+            "        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n"
+            "        import os; os._exit(0)\n"
+            "    o.step = stop\n"
+            "    return o\n"
+            "common.make_optimizer = first\n"
+            "train_student.main(sys.argv[1:])\n")
+    words = ["--recipe", SMALL, "--dataset", "folder", "--data-dir", str(made), "--results-dir",
+             str(results / "start"), "--overwrite"]
+    memory, speeds = [], []
+    for _ in range(4):          # the first makes the arrays
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *words], text=True, cwd=ROOT,
+                              capture_output=True, check=True)
+        speeds.append(time.perf_counter() - started)
+        memory.append(int(done.stdout.split()[-1]) / 2**20)
+    return [row("second start on 50 000 images, seconds to the first step", min(speeds[1:]),
+                "≤ 5", first_start_seconds=speeds[0]),
+            row("the same, resident memory in GB", min(memory[1:]), "≤ 1.2")]
+
+
+def make_images(root, count, side=32):
+    """A made-up data set, straight into the arrays that a folder of images would become."""
+    import readers
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):         # a few files, so that there is a folder to name them
+        for label in range(10):
+            path = root / split / str(label)
+            path.mkdir(parents=True)
+            from PIL import Image
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path / "0.png")
+    key = readers.fingerprint(readers.folder_listing(root))
+    images = rng.integers(0, 256, (count, side, side, 3), np.uint8)
+    labels = np.arange(count) % 10
+    arrays = dict(train_images=images, train_labels=labels, test_images=images[:10_000],
+                  test_labels=labels[:10_000])
+    facts = dict(version=readers.CACHE_VERSION, classes=list("0123456789"), mean=[0.5] * 3,
+                 std=[0.3] * 3, key="made")
+    (root / ".arrays").mkdir()
+    readers.kept(root / ".arrays" / f"{side}-resize-{key}", arrays, facts)
+
+
+def bench_validation(folder, results):
+    """evaluate() on 10 000 images against the forward passes alone."""
+    splits = data.load("folder", folder, image_size=32)
+    test = data.Batches(splits.test, splits.mean, splits.std, 500, device())
+    model = network(LARGE).eval()
+    x = torch.randn(500, 3, 32, 32).to(device(), memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def forward():
+        for _ in range(len(test) // 500):
+            with common.autocast(device(), precision()):
+                model(x)
+
+    ours, bare = best_in_turn(lambda: timed(lambda: common.evaluate(model, test, precision())),
+                              lambda: timed(forward))
+    return [row(f"validation of {len(test)} images / the bare forward pass ({LARGE})", bare / ours,
+                "≤ 1.1", seconds=1 / ours)]
+
+
+def bench_precision(folder, results, seeds=20):
+    """Accuracy of bf16 − float32 on digits, paired by seed, with its 95 % interval."""
+    differences = []
+    for seed in range(seeds):
+        found = []
+        for name in ("bf16", "fp32"):
+            words = ["--precision", name, "--seed", seed, "--run", f"{name}-s{seed}", "--resume",
+                     "--results-dir", results / "precision"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                found.append(train_student.main([str(w) for w in words])["test_accuracy"])
+        differences.append(100 * (found[0] - found[1]))
+    mean, low, high = runs.interval(differences)
+    return [row(f"accuracy, bf16 − float32, digits, {seeds} seeds: far end of the 95 % interval, "
+                "points", max(abs(low), abs(high)), "≤ 1", mean=mean, low=low, high=high)]
+
+
+def bench_compile(folder, results):
+    """--compile against without, in the bare step."""
+    rows = []
+    for recipe in (LARGE, SMALL):
+        plain, compiled = best_in_turn(lambda r=recipe: bare_step(r),
+                                       lambda r=recipe: bare_step(r, compiled=True))
+        rows.append(row(f"bare step of {recipe}'s student, compiled / not", compiled / plain,
+                        None, plain=plain, compiled=compiled))
+    return rows
+
+
+def bench_processes(folder, results):
+    """Two processes with one thread each against one process with one thread."""
+    env, speeds = dict(os.environ, OMP_NUM_THREADS="1"), {}
+    for _ in range(3):
+        for count in (1, 2):
+            run = f"p{count}"
+            words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node", str(count), "--", str(ROOT / "train_student.py"),
+                     "--recipe", LARGE, "--dataset", "folder", "--data-dir", str(folder),
+                     "--epochs", "2", "--results-dir", str(results), "--overwrite", "--run", run]
+            subprocess.run(words, env=env, cwd=ROOT, check=True, capture_output=True)
+            final = json.loads((results / LARGE / run / "final.json").read_text())
+            speeds[count] = max(speeds.get(count, 0), final["images_per_second"])
+    return [row(f"two processes / one, a thread each ({LARGE}'s student)",
+                speeds[2] / speeds[1], None, one=speeds[1], two=speeds[2])]
+
+
+def bench_scale(folder, results):
+    """Seconds of an epoch and memory for 10, 100, 1000 thousand made-up images, for one, two, four
+    times the width; each in a process of its own."""
+    rows, code = [], (
+        "import sys, json, time, resource, torch, numpy as np\n"
+        "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+        "import bench\n"
+        "print(json.dumps(bench.one_epoch(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))\n")
+    for thousands, width in ((10, 1), (100, 1), (1000, 1), (10, 2), (10, 4)):
+        made = results / f"scale-{thousands}"
+        if not made.exists():
+            make_images(made, 1000 * thousands)
+        done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(made), str(width),
+                               str(200)], text=True, capture_output=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row(f"{thousands} thousand images, width {width}: µs an image",
+                        found["seconds_an_image"] * 1e6, None, **found))
+        if thousands > 100:
+            shutil.rmtree(made)
+    return rows
+
+
+def one_epoch(folder, width, most_steps):
+    """Time the first steps of an epoch of SMALL's student, its channels times `width`."""
+    import resource
+    started = time.perf_counter()
+    spec = models.ARCHITECTURES["cifar10-he-max-student"]
+    models.ARCHITECTURES["wide"] = dict(spec, channels=tuple(width * c for c in spec["channels"]))
+    splits = data.load("folder", folder, image_size=32)
+    batches = data.Batches(splits.train, splits.mean, splits.std, 128, device(), "flip-crop")
+    model = models.build("wide", 10, (3, 32, 32)).to(device(), memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    epoch = batches.epoch(1)
+    first = next(epoch)
+    ready = time.perf_counter()
+    for steps, batch in enumerate(epoch, 1):
+        with common.autocast(device(), precision()):
+            loss = F.cross_entropy(model(batch.x).float(), batch.y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if steps == min(most_steps, batches.steps() - 1):
+            break
+    sync()
+    seconds = (time.perf_counter() - ready) / (steps * len(first.y))
+    return dict(seconds_an_image=seconds, seconds_an_epoch=seconds * len(batches),
+                start_seconds=ready - started,
+                peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+BENCHES = dict(student=bench_student, kd=bench_kd, ema=bench_ema, start=bench_start,
+               validation=bench_validation, compile=bench_compile, processes=bench_processes,
+               precision=bench_precision, scale=bench_scale)
+
+
+def subset(source, target):
+    """Link PER_CLASS train images of each class, and all test images, into a folder."""
+    for split, most in (("train", PER_CLASS), ("test", 10**9)):
+        for folder in sorted((source / split).iterdir()):
+            (target / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:most]:
+                os.symlink(path.resolve(), target / split / folder.name / path.name)
+    return target
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data" / "cifar10")
+    parser.add_argument("--only", default=",".join(BENCHES), help="rows, separated by commas")
+    args = parser.parse_args(argv)
+    if not (args.data_dir / "train").is_dir():
+        print(f"error: {args.data_dir}/train/<class>/* is not there: give --data-dir, CIFAR-10 as "
+              "class folders", file=sys.stderr)
+        raise SystemExit(2)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    table = json.loads(OUT.read_text()) if OUT.exists() else {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = subset(args.data_dir, Path(place) / "images")
+        for name in args.only.split(","):
+            started = time.perf_counter()
+            rows = BENCHES[name](folder, Path(place) / "results")
+            made = dict(rows=rows, seconds=time.perf_counter() - started, machine=dict(
+                device=torch.cuda.get_device_name() if kind == "cuda" else platform.machine(),
+                threads=torch.get_num_threads(), precision=precision(), torch=torch.__version__))
+            table.setdefault(kind, {})[name] = made
+            for line in rows:
+                print(f"{line['ratio']:8.3f}  {line['goal'] or '':7}  {line['title']}", flush=True)
+            OUT.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_whole(OUT, (json.dumps(table, indent=1) + "\n").encode())
+    return table
+
+
+if __name__ == "__main__":
+    main()
