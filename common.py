@@ -32,7 +32,7 @@ from device import (  # noqa: F401
     summed,
     world,
 )
-from flags import RECIPES, Parser, fail, recipes_table, say
+from flags import RECIPES, Parser, fail, launch, recipes_table, say
 
 # ---- seeds ------------------------------------------------------------------------------------
 
@@ -384,4 +384,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

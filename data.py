@@ -9,6 +9,7 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import download
 import readers
 from common import generator, seed_for
 from device import rank, world
-from flags import SIDES, fail, number, parse
+from flags import SIDES, fail, launch, number, parse
 
 
 class Split(NamedTuple):
@@ -137,6 +138,14 @@ CHOICES = {"dataset": DATASETS, "fit": readers.FITS, "augment": AUGMENTS}
 LABELLED_SHARE = 0.25
 
 
+def tensor(array):
+    """Return an array as a tensor on the same memory, mapped read-only perhaps: a private mapping
+    that may be written counts as memory of the process, one that may not does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
 class Batches:
     """The batches of a split, made on the device: iterate for all rows in order and unaugmented,
     or take epoch(e) for a shuffled, augmented training epoch, the same whenever it is drawn.
@@ -149,7 +158,7 @@ class Batches:
                  pair=False, labelled_only=False, noise=None):
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
         self.draws, self.views, self.pair, self.noise = AUGMENTS[augment], views, pair, noise
-        images = torch.from_numpy(split.images)
+        images = tensor(split.images)
         if self.device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info()[0] / 2:
             images = images.to(self.device)
         self.images, self.shape = images, images.shape[1:3]
@@ -243,6 +252,8 @@ class Batches:
             # One gather does crop, flip and batch: pixel numbers in the list of all pixels.
             pixels = (rows[:, None, None] * height + i[:, :, None]) * width + j[:, None, :]
             x = self.images.view(-1, 3)[pixels.view(-1).to(place)].view(-1, height, width, 3)
+        if self.device.type == "cuda" and place.type == "cpu":
+            x = x.pin_memory()      # so that the copy does not wait for the steps under way
         x = x.to(self.device, non_blocking=True).float() * self.scale + self.offset
         return x.permute(0, 3, 1, 2)         # a view: the memory stays channels last
 
@@ -317,4 +328,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

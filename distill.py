@@ -184,7 +184,7 @@ def kept_outputs(teacher, card, job, stream):
     with download.alone(folder):        # of two runs at once, one computes
         if not path.exists():
             fill(path, shape, teacher, train, stream, args.precision)
-    table = torch.from_numpy(np.load(path, mmap_mode="c"))
+    table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{args.views} views of {len(train)} images, "
                     f"{path.stat().st_size / 1e6:.1f} MB: {path}")
@@ -340,4 +340,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    flags.launch(main)

@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 from itertools import zip_longest
@@ -121,6 +122,27 @@ def fail(message, code=2):
         message = f"process {RANK}: {message}"
     tqdm.write("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
     raise SystemExit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does, but for the exit code."""
+
+
+def stopped(error, where, way_on):
+    """Leave after Ctrl-C or SIGTERM, with a line that says how to go on."""
+    fail(f"{where}stopped; {way_on}", 143 if isinstance(error, Terminated) else 130)
+
+
+def launch(main):
+    """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
+    def terminate(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        stopped(error, "", "nothing was begun that is not whole; start it again")
 
 
 def say(line):

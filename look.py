@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from flags import Parser, fail, words
+from flags import Parser, fail, launch, words
 from runs import write_whole
 
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
@@ -263,4 +263,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

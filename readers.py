@@ -290,7 +290,7 @@ def mapped(folder):
     """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None."""
     try:
         facts = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
     except (OSError, EOFError, ValueError):
         return None

@@ -14,7 +14,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from flags import RECIPES, Parser, fail, settings, words
+from flags import RECIPES, Parser, fail, launch, settings, words
 from look import MOST_BYTES, draw_comparison
 from runs import ROWS, add_gaps, compare, group_runs, label, make_rows, read_runs, write_whole
 
@@ -353,4 +353,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

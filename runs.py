@@ -5,6 +5,7 @@
 No command of its own, and no torch.
 """
 import csv
+import fcntl
 import io
 import json
 import math
@@ -104,15 +105,24 @@ def open_run(args, config, name):
 
 
 def begin_run(args, folder, config):
-    """Make the run's folder with its config.json; with --overwrite, the old files go first."""
+    """Make the run's folder with its config.json; with --overwrite, the old files go first.
+
+    Returns a file descriptor that keeps other processes out of the folder until it is closed, or
+    until this process ends, however it does.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if args.overwrite:
             for file in RUN_FILES:
                 (folder / file).unlink(missing_ok=True)
         write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+    except BlockingIOError:
+        fail(f"{folder}: another process is training here; wait for it, or give --run NAME")
     except OSError as error:
         fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
+    return lock
 
 
 def write_history(path, history):

@@ -5,6 +5,7 @@
     python train_student.py --recipe cifar10-he-max --data-dir data/cifar10
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
+import os
 import platform
 import textwrap
 import time
@@ -118,8 +119,7 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         flags.say("dry run: all of the above was checked, no run was made")
         return job.config
     wait()          # until every process has seen the folder as it was
-    if rank() == 0:
-        runs.begin_run(job.args, job.folder, job.config)
+    lock = runs.begin_run(job.args, job.folder, job.config) if rank() == 0 else None
     wait()
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
@@ -128,8 +128,12 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
     try:
         return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
                           job.facts, average, look.draw_curves)
-    except KeyboardInterrupt:
-        flags.fail(f"{job.folder}: stopped; --resume goes on after its last finished epoch", 130)
+    except KeyboardInterrupt as error:
+        flags.stopped(error, f"{job.folder}: ", "the same command with --resume goes on after its "
+                                                "last finished epoch")
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def main(argv=None, role="student", doc=__doc__):
@@ -155,4 +159,4 @@ def main(argv=None, role="student", doc=__doc__):
 
 
 if __name__ == "__main__":
-    main()
+    flags.launch(main)

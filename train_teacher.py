@@ -4,6 +4,7 @@
     python train_teacher.py --recipe cifar10-he-max --data-dir data/cifar10 --resume
 """
 import train_student
+from flags import launch
 
 
 def main(argv=None):
@@ -11,4 +12,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -367,14 +367,39 @@ def bench_scale(folder, results):
     return rows
 
 
-def one_epoch(folder, width, most_steps):
+def bench_memory(folder, results):
+    """A data set of 4 GB, mapped, under `ulimit -d` of 2 GB, against the same held in memory."""
+    made = results / "large"
+    if not made.exists():
+        make_images(made, 1_400_000)
+    code = ("import sys, json\n"
+            "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
+            "import bench\n"
+            "print(json.dumps(bench.one_epoch(sys.argv[2], 1, 300, sys.argv[3] == 'held')))\n")
+    speeds = {"held": 0.0, "mapped": 0.0}
+    for _ in range(3):
+        for kind, limit in (("held", ""), ("mapped", "ulimit -d 2000000; ")):
+            words = [sys.executable, "-c", code, str(ROOT), str(made), kind]
+            done = subprocess.run(["bash", "-c", limit + 'exec "$@"', "-", *words], text=True,
+                                  capture_output=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            seconds = json.loads(done.stdout.splitlines()[-1])["seconds_an_image"]
+            speeds[kind] = max(speeds[kind], 1 / seconds)
+    shutil.rmtree(made)
+    return [row("4 GB of images mapped, under a limit of 2 GB / held in memory, images per second",
+                speeds["mapped"] / speeds["held"], None, **speeds)]
+
+
+def one_epoch(folder, width, most_steps, held=False):
     """Time the first steps of an epoch of SMALL's student, its channels times `width`."""
     import resource
     started = time.perf_counter()
     spec = models.ARCHITECTURES["cifar10-he-max-student"]
     models.ARCHITECTURES["wide"] = dict(spec, channels=tuple(width * c for c in spec["channels"]))
     splits = data.load("folder", folder, image_size=32)
-    batches = data.Batches(splits.train, splits.mean, splits.std, 128, device(), "flip-crop")
+    train = splits.train._replace(images=np.array(splits.train.images)) if held else splits.train
+    batches = data.Batches(train, splits.mean, splits.std, 128, device(), "flip-crop")
     model = models.build("wide", 10, (3, 32, 32)).to(device(), memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     epoch = batches.epoch(1)
@@ -397,7 +422,7 @@ def one_epoch(folder, width, most_steps):
 
 BENCHES = dict(student=bench_student, kd=bench_kd, ema=bench_ema, start=bench_start,
                validation=bench_validation, compile=bench_compile, processes=bench_processes,
-               precision=bench_precision, scale=bench_scale)
+               precision=bench_precision, scale=bench_scale, memory=bench_memory)
 
 
 def subset(source, target):

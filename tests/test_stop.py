@@ -1,0 +1,65 @@
+"""Ctrl-C, SIGTERM, and two runs into one folder."""
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+import common
+import train_student
+
+ROOT = Path(common.__file__).parent
+
+
+def start(easy, results, *flags):
+    return subprocess.Popen([sys.executable, ROOT / "train_student.py",
+                             *tiny.words(easy, results, "--epochs", 400, *flags)],
+                            env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def until(condition, child):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
+    folder = tmp_path / "digits" / "student-s0"
+    child = start(easy, tmp_path)
+    until((folder / "checkpoint.pt").exists, child)
+    child.send_signal(sent)
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert err.count("\n") == 1 and str(folder) in err and "--resume" in err, err
+    assert not (folder / "final.json").exists()
+    whole = len(tiny.load(folder / "checkpoint.pt")["history"])
+    assert tiny.run(train_student, easy, tmp_path, "--resume", epochs=400)["epochs"] == 400
+    assert len(tiny.metrics(folder)) == 400 > whole
+
+
+def test_a_second_run_into_a_folder_is_refused(easy, tmp_path, capsys):
+    folder = tmp_path / "digits" / "student-s0"
+    child = start(easy, tmp_path)
+    until((folder / "checkpoint.pt").exists, child)
+    for flag in ("--resume", "--overwrite"):
+        tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, flag, epochs=400), folder,
+                     "another process", "--run NAME")
+    assert child.poll() is None and (folder / "checkpoint.pt").exists()
+    child.kill()            # what a dead process held is free
+    child.communicate()
+    assert tiny.run(train_student, easy, tmp_path, "--overwrite")["epochs"] == 2
+
+
+def test_a_finished_run_holds_nothing(easy, tmp_path):
+    tiny.run(train_student, easy, tmp_path)
+    handle = os.open(tmp_path / "digits" / "student-s0", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
