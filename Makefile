@@ -33,7 +33,7 @@ CHAIN_cifar10-he-max           = teacher student kd kd-only kd-ema
 CHAIN_cifar10-xavier-avg       = teacher student kd mean-teacher
 CHAIN_svhn-xavier-avg          = teacher student kd
 CHAIN_digits-500-labels        = student mean-teacher mean-teacher-no-ema
-CHAIN_cifar10-1000-labels      = student mean-teacher mean-teacher-no-ema
+CHAIN_cifar10-1000-labels      = student mean-teacher
 
 .PHONY: all $(RECIPES) reports setup test lint help clean report publish readme bench \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
