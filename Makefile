@@ -13,6 +13,7 @@ PIP_ARGS  ?=
 # Flags of every training script: set one here (EPOCHS=5) or write any in FLAGS="--lr 1e-3".
 FLAGS     ?=
 OVERWRITE ?=
+SEEDS     ?= 0 1 2 3 4
 
 typed   = $(if $($(1)),--$(2) "$($(1))")
 SHARED  = $(strip --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume \
@@ -35,7 +36,16 @@ CHAIN_svhn-xavier-avg          = teacher student kd
 CHAIN_digits-500-labels        = student mean-teacher mean-teacher-no-ema
 CHAIN_cifar10-1000-labels      = student mean-teacher
 
-.PHONY: all $(RECIPES) reports setup test lint help clean report publish readme bench \
+# Values of the sweeps.
+LENGTHS = 1,2,4,8,16
+COUNTS  = 50,100,500,1000,all
+MLPS    = mlp-13x3,mlp-3x13,mlp-13x2,mlp-2x13,mlp-13x4,mlp-4x13,mlp-12x3,mlp-3x12,mlp-14x3,mlp-3x14
+comma  := ,
+SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
+each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
+
+.PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
+        sweep-labels sweep-views sweep-mlp setup test lint help clean report publish readme bench \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -85,6 +95,45 @@ report: $(READY)  ## table and picture of what is finished
 publish: $(READY)  ## copy a recipe's small files to results/published
 	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)"
 
+stats: $(READY)  ## the chain for every seed of SEEDS
+	@for seed in $(SEEDS); do \
+	  $(MAKE) --no-print-directory all RECIPE=$(RECIPE) SEED=$$seed || exit; done
+
+# One script over a grid: make sweep-alpha SEEDS="0 1 2". Teachers are trained where they are needed.
+SWEEP = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
+GRID  = --recipe $(RECIPE) --results-dir "$(RESULTS)" $(call typed,DATASET,dataset) \
+        $(call typed,DATA_DIR,data-dir) $(FLAGS)
+
+teachers: $(READY)
+	@for seed in $(SEEDS); do \
+	  $(MAKE) --no-print-directory teacher RECIPE=$(RECIPE) SEED=$$seed || exit; done
+
+sweep-alpha: $(READY) teachers  ## weight of the teacher
+	$(SWEEP) --over alpha=0,0.1,0.3,0.5,0.7,0.9,1 -- distill.py --objective kd $(GRID)
+
+sweep-temperature: $(READY) teachers  ## of both sides
+	$(SWEEP) --over temperature=1,2,4,8,16 -- distill.py --objective kd $(GRID)
+
+sweep-epochs: $(READY)  ## of the teacher, and what its student makes of it
+	$(SWEEP) --name epochs-teacher --over epochs=$(LENGTHS) -- train_teacher.py $(GRID)
+	$(SWEEP) --name epochs-student --over "teacher=$(call each,$(LENGTHS))" \
+	  -- distill.py --objective kd $(GRID)
+
+sweep-ema: $(READY)  ## decay of the mean teacher
+	$(SWEEP) --over ema-decay=0,0.9,0.97,0.99 -- distill.py --objective consistency $(GRID)
+
+sweep-labels: $(READY)  ## the labels alone, and mean teacher with the rest unlabelled
+	$(SWEEP) --name labels-student --over labels=$(COUNTS) -- train_student.py $(GRID)
+	$(SWEEP) --name labels-mean-teacher --over labels=$(COUNTS) \
+	  -- distill.py --objective consistency $(GRID)
+
+sweep-views: $(READY) teachers  ## how many views an image has; 0: a fresh one each epoch
+	$(SWEEP) --name views-student --over views=0,1,2,4,8 -- train_student.py $(GRID)
+	$(SWEEP) --name views-kd --over views=0,1,2,4,8 -- distill.py --objective kd $(GRID)
+
+sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, both readings of its columns
+	$(SWEEP) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
+
 bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
 	$(PYTHON) tests/bench.py --data-dir "$(or $(DATA_DIR),data/cifar10)"
 
@@ -111,6 +160,7 @@ help:
 	@printf '  %-26s %s\n' \
 	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
 	  "SEED=$(SEED)" "of all that is random" \
+	  "SEEDS=$(SEEDS)" "of make stats and of the sweeps" \
 	  "RESULTS=$(RESULTS)" "where runs are kept" \
 	  "VENV=$(VENV)" "VENV= uses PYTHON as it is, as on Colab" \
 	  "PYTHON=$(PYTHON)" "the interpreter that runs the scripts" \

@@ -59,6 +59,10 @@ ARCHITECTURES = {
         channels=(16, 32), kernels=(3, 3), paddings=(1, 1), pools=(1, 2), hidden=(128,)),
     "mlp": dict(hidden=(256, 256)),
 }
+# Report 000's MLPs, "hidden layers × nodes", in both readings of its columns: mlp-<layers>x<nodes>.
+ARCHITECTURES |= {f"mlp-{layers}x{nodes}": dict(hidden=(nodes,) * layers)
+                  for a, b in ((13, 3), (13, 2), (13, 4), (12, 3), (14, 3))
+                  for layers, nodes in ((a, b), (b, a))}
 
 
 class AHAF(nn.Module):

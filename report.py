@@ -2,6 +2,7 @@
 
     python report.py --recipe digits            # report.md, report.json, comparison.png
     python report.py publish --recipe digits    # the same, and the small files into published/
+    python report.py sweep --over alpha=0,0.5,1 --seeds 0,1,2 -- distill.py --recipe digits
     python report.py readme                     # fill the README's tables from published/
     python report.py readme --check             # exit code 1 if the README is stale
 """
@@ -323,12 +324,32 @@ def _block(flags, kind, recipe):
              f"`make {'bench' if kind == 'bench' else f'publish RECIPE={recipe}'}` makes it")
 
 
-COMMANDS = {"report": write, "publish": publish, "readme": readme}
+def sweep(args):
+    """`report.py sweep`: one script over a grid of settings and seeds."""
+    import sweep as grid  # its scripts load torch, which no other command needs
+
+    return grid.sweep(args, *args.script)
+
+
+COMMANDS = {"report": write, "publish": publish, "readme": readme, "sweep": sweep}
 
 
 def parse(command, argv):
     """Flags of one command."""
     parser = Parser(prog="report.py", description=__doc__)
+    if command == "sweep":
+        import sweep as grid
+        if {"-h", "--help"} & set(argv[:argv.index("--")] if "--" in argv else argv):
+            argv = ["--help"]
+        own, *script = grid.split(argv) if argv != ["--help"] else (argv,)
+        parser.add_argument("--over", action="append", type=grid.over, required=True,
+                            metavar="FLAG=A,B,…", help="a flag of the script and its values; may "
+                                                       "stand more than once")
+        parser.add_argument("--seeds", type=grid.whole_numbers, default=[0], help="0,1,2 (0)")
+        parser.add_argument("--name", help="of the folder <results>/sweeps/NAME")
+        args = parser.parse_args(own)
+        args.script = script
+        return args
     parser.add_argument("--results-dir", default="results", metavar="DIR",
                         help="run folders are DIR/<recipe>/<run> (%(default)s)")
     if command == "readme":

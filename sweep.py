@@ -1,0 +1,191 @@
+"""One script over a grid of settings and seeds: a table, a plot with intervals, the best row.
+
+    python report.py sweep --over alpha=0.1,0.5,0.9 --over temperature=1,4 --seeds 0,1,2 \\
+        -- distill.py --recipe digits
+
+Restartable: finished runs are kept, as every script keeps its own.
+"""
+import argparse
+import csv
+import importlib
+import io
+import itertools
+import re
+import time
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import runs
+from flags import RECIPES, fail, say
+from look import OTHER_COLOURS, OTHER_LINES, TEXT
+
+SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
+FIGURES = {"val_accuracy": "validation", "test_accuracy": "test",
+           "ema_test_accuracy": "test, average"}
+
+
+def over(text):
+    """argparse type of --over: "alpha=0.1,0.5" -> ("alpha", ["0.1", "0.5"])."""
+    name, _, values = text.partition("=")
+    name, values = name.strip().lstrip("-"), [value.strip() for value in values.split(",")]
+    if not re.fullmatch(r"[a-z][a-z-]*", name) or not all(values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE,VALUE,…: alpha=0.1,0.5, say")
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
+    return name, values
+
+
+def whole_numbers(text):
+    """argparse type of --seeds."""
+    try:
+        seeds = [int(word) for word in re.split(r"[ ,]+", text.strip())]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, each once: 0,1,2, say")
+    return seeds
+
+
+def split(argv):
+    """Return (the sweep's own words, script, the script's words) of what stands before and after
+    the --."""
+    if "--" not in argv:
+        fail("sweep: after its flags it needs -- and a script: -- distill.py --recipe digits")
+    at = argv.index("--")
+    script, *words = argv[at + 1:] or [""]
+    if script not in SCRIPTS:
+        fail(f"sweep: {script!r} after -- is none of {', '.join(SCRIPTS)}")
+    return argv[:at], script, words
+
+
+def typed(words, flag, default):
+    """Return what a command line gives for a flag, or the default."""
+    for place, word in enumerate(words):
+        if word == flag and place + 1 < len(words):
+            return words[place + 1]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return default
+
+
+def sweep(args, script, words):
+    """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
+    recipe, results = typed(words, "--recipe", "digits"), typed(words, "--results-dir", "results")
+    if recipe not in RECIPES:
+        fail(f"--recipe {recipe}: choose from {', '.join(RECIPES)}")
+    names = [name for name, _ in args.over]
+    name = args.name or "-".join([script.removesuffix(".py"), *names])
+    folder = Path(results) / "sweeps" / name
+    main = importlib.import_module(script.removesuffix(".py")).main
+    grid = list(itertools.product(*(values for _, values in args.over)))
+    found, done, started = {}, 0, time.perf_counter()
+    for seed in args.seeds:
+        for values in grid:
+            chosen = {key: value.replace("{seed}", str(seed))
+                      for key, value in zip(names, values, strict=True)}
+            run = ",".join(f"{k}={Path(v).parent.name if '/' in v else v}"
+                           for k, v in chosen.items()) + f"-s{seed}"
+            line = [*words, "--seed", seed, "--results-dir", folder, "--run", run, "--resume"]
+            for flag, value in chosen.items():
+                line += [f"--{flag}", value]
+            if script == "distill.py" and "teacher" not in chosen and not typed(
+                    words, "--teacher", "") and typed(words, "--objective", "kd") != "consistency":
+                line += ["--teacher", Path(results, recipe, f"teacher-s{seed}", "best.pt")]
+            done += 1
+            say(f"== {done}/{len(grid) * len(args.seeds)}: {run}")
+            found.setdefault(values, {})[seed] = main([str(word) for word in line])
+    rows = [summary(names, values, finals) for values, finals in found.items()]
+    known = [row for row in rows if row["val_accuracy"] is not None]
+    best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "sweep.csv", names, found)
+    draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
+    text = table(names, rows, best)
+    runs.write_whole(folder / "sweep.md", text.encode())
+    print(f"\n{text}\n{folder}/sweep.csv, sweep.md, sweep.png; "
+          f"{time.perf_counter() - started:.0f} s")
+    return {"rows": rows, "best": best, "folder": str(folder)}
+
+
+def summary(names, values, finals):
+    """One row: the settings, seeds, and each figure as (mean, low, high): its 95 % interval."""
+    row = dict(zip(names, values, strict=True)) | dict(
+        seeds=list(finals), learned=all(final["learned"] for final in finals.values()),
+        parameters=next(iter(finals.values()))["parameters"])
+    for figure in FIGURES:
+        known = [final[figure] for final in finals.values()]
+        row[figure] = None if None in known else runs.interval(known)
+    return row
+
+
+def write_csv(path, names, found):
+    """One line a run: settings, seed, accuracies, seconds."""
+    keys = (*FIGURES, "last_test_accuracy", "learned", "parameters", "best_epoch", "epochs",
+            "seconds")
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow([*names, "seed", *keys])
+    for values, finals in found.items():
+        for seed, final in finals.items():
+            lines.writerow([*values, seed, *(final[key] for key in keys)])
+    runs.write_whole(path, text.getvalue().encode())
+
+
+def percent(figure):
+    if figure is None:
+        return "-"
+    centre, low, _ = figure
+    return f"{100 * centre:.2f}" + ("" if low is None else f" ± {100 * (centre - low):.2f}")
+
+
+def table(names, rows, best):
+    """The rows as Markdown; the best by validation is marked."""
+    header = [*names, "n", "parameters", *(f"{title} %" for title in FIGURES.values()), ""]
+    lines = [header, ["---:"] * len(header)]
+    for row in rows:
+        mark = "best by validation" if row is best else "" if row["learned"] else "learned nothing"
+        lines.append([*(row[name].replace("|", "\\|") for name in names), str(len(row["seeds"])),
+                      str(row["parameters"]), *(percent(row[figure]) for figure in FIGURES), mark])
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text + "\n\nMean over n seeds ± half of the 95 % interval (Student's t).\n"
+
+
+def draw(path, names, grids, rows, title):
+    """Test accuracy over the first setting, a line for each value of the others, with intervals.
+    Evenly spaced: the values may be words, or go by powers."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    places = {value: place for place, value in enumerate(grids[0][1])}
+    lines = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in names[1:]), []).append(row)
+    for number, (others, members) in enumerate(lines.items()):
+        for figure_name, filled in (("test_accuracy", True), ("ema_test_accuracy", False)):
+            shown = [(places[row[names[0]]], row[figure_name]) for row in members
+                     if row[figure_name] is not None]
+            if not shown:
+                continue
+            x = [place + 0.06 * (number - (len(lines) - 1) / 2) for place, _ in shown]
+            y = [100 * mid for _, (mid, _, _) in shown]
+            half = [0 if low is None else 100 * (mid - low) for _, (mid, low, _) in shown]
+            label = ", ".join(f"{n} {v}" for n, v in zip(names[1:], others, strict=True))
+            label = f"{label or 'test'}{'' if filled else ', average'}"
+            colour = OTHER_COLOURS[number % len(OTHER_COLOURS)] if others else "#0072B2"
+            axes.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=label,
+                          linestyle=OTHER_LINES[number % len(OTHER_LINES)] if others else "-",
+                          markerfacecolor=colour if filled else "white")
+    shown = [Path(v).parent.name.removesuffix("-s{seed}") if "/" in v else v for v in places]
+    axes.set_xticks(range(len(places)), shown)
+    axes.set_xlabel(names[0], fontsize=TEXT)
+    axes.set_ylabel("test accuracy (%), best validation epoch", fontsize=TEXT)
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        axes.legend(frameon=False, fontsize=TEXT - 1)
+    seeds = max(len(row["seeds"]) for row in rows)
+    note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
+    axes.set_title(f"{title}\n{note}", fontsize=TEXT)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,74 @@
+"""A grid of settings and seeds: every run made once, summed up right."""
+import csv
+from unittest import mock
+
+import pytest
+import tiny
+
+import look
+import report
+import runs
+import train_teacher
+
+
+def sweep(easy, results, *own, script="distill.py", flags=(), epochs=2):
+    words = tiny.words(easy, results, *flags, epochs=epochs)
+    with mock.patch.object(look, "draw_curves", None):
+        return report.main(["sweep", *own, "--", script, *words])
+
+
+def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
+    results = tmp_path
+    for seed in (0, 1):
+        tiny.run(train_teacher, easy, results, "--seed", seed)
+    capsys.readouterr()
+    grid = ("--over", "alpha=0,0.9", "--over", "temperature=1,4", "--seeds", "0,1")
+    found = sweep(easy, results, *grid)
+    folder = results / "sweeps" / "distill-alpha-temperature"
+    with open(folder / "sweep.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["alpha"], line["temperature"], line["seed"]) for line in lines] == [
+        (a, t, s) for a in ("0", "0.9") for t in ("1", "4") for s in ("0", "1")]
+    for row in found["rows"]:
+        mine = [float(line["test_accuracy"]) for line in lines
+                if (line["alpha"], line["temperature"]) == (row["alpha"], row["temperature"])]
+        assert row["test_accuracy"] == runs.interval(mine) and row["seeds"] == [0, 1]
+        config = folder / "digits" / f"alpha={row['alpha']},temperature={row['temperature']}-s1"
+        config = runs.read_json(config / "config.json")
+        assert (config["alpha"], config["temperature"], config["seed"]) == (
+            float(row["alpha"]), float(row["temperature"]), 1)
+    assert found["best"]["val_accuracy"][0] == max(r["val_accuracy"][0] for r in found["rows"])
+    text = (folder / "sweep.md").read_text()
+    assert text.count("best by validation") == 1 and (folder / "sweep.png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert said.count("epoch 1/2") == 8
+    sweep(easy, results, *grid[:-1], "0,1,2"[:3])
+    assert capsys.readouterr().out.count("finished already, kept") == 8
+
+
+def test_a_teacher_for_each_seed(easy, tmp_path):
+    sweep(easy, tmp_path, "--over", "epochs=1,2", "--name", "T", script="train_teacher.py")
+    teachers = ",".join(f"{tmp_path}/sweeps/T/digits/epochs={n}-s{{seed}}/best.pt" for n in (1, 2))
+    found = sweep(easy, tmp_path, "--over", f"teacher={teachers}", "--name", "S")
+    configs = sorted((tmp_path / "sweeps/S/digits").glob("*/config.json"))
+    assert [path.parent.name for path in configs] == [
+        f"teacher=epochs={n}-s0-s0" for n in (1, 2)]
+    assert len({runs.read_json(path)["teacher_sha256"] for path in configs}) == 2
+    assert len(found["rows"]) == 2
+
+
+@pytest.mark.parametrize("own, parts", [
+    (["--over", "alpha"], ["'alpha'", "alpha=0.1,0.5"]),
+    (["--over", "alpha=1,1"], ["twice"]),
+    (["--over", "alpha=1", "--seeds", "0,0"], ["'0,0'", "0,1,2"]),
+    (["--over", "alpha=1", "--seeds", "x"], ["'x'"]), ([], ["--over"])])
+def test_wrong_input(easy, tmp_path, capsys, own, parts):
+    tiny.refused(capsys, report, ["sweep", *own, "--", "distill.py"], *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_is_needed(capsys):
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=1"], "--", "distill.py")
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=1", "--", "calc.py"], "'calc.py'",
+                 "train_student.py")
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=2", "--", "distill.py"], "'2'")
