@@ -119,17 +119,17 @@ def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
     return seen / (time.perf_counter() - started)
 
 
-def bare_step(recipe, size=128, compiled=False):
+def bare_step(recipe, size=128, compiled=False, layout=torch.channels_last, kind=None):
     """Images per second of forward, loss, backward, step on one batch that is already in place."""
-    model = network(recipe).train()
+    model = network(recipe, layout=layout).train()
     if compiled:
         model.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    x = torch.randn(size, 3, 32, 32).to(device(), memory_format=torch.channels_last)
+    x = torch.randn(size, 3, 32, 32).to(device(), memory_format=layout)
     y = torch.randint(10, (size,)).to(device())
 
     def step():
-        with common.autocast(device(), precision()):
+        with common.autocast(device(), kind or precision()):
             loss = F.cross_entropy(model(x).float(), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -317,6 +317,47 @@ def bench_precision(folder, results, seeds=20):
                 "points", max(abs(low), abs(high)), "≤ 1", mean=mean, low=low, high=high)]
 
 
+def bench_parts(folder, results):
+    """What each part gains, by itself."""
+    from torchvision import datasets, transforms
+
+    plain, last, low = best_in_turn(
+        lambda: bare_step(LARGE, layout=torch.contiguous_format, kind="fp32"),
+        lambda: bare_step(LARGE, kind="fp32"), lambda: bare_step(LARGE))
+    images = datasets.ImageFolder(folder / "train", transforms.Compose(
+        [transforms.RandomCrop(32, 4, padding_mode="reflect"), transforms.RandomHorizontalFlip(),
+         transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]))
+    splits = data.load("folder", folder, image_size=32, val_fraction=0)
+
+    def passes(batches):
+        count, started = 0, time.perf_counter()
+        for x, *_ in batches:
+            count += len(x)
+        sync()
+        return count / (time.perf_counter() - started)
+
+    ours = data.Batches(splits.train, splits.mean, splits.std, 128, device(), "flip-crop")
+    batches, loader, two = best_in_turn(
+        lambda: passes(ours.epoch(1)),
+        *(lambda n=n: passes(torch.utils.data.DataLoader(images, 128, shuffle=True, num_workers=n))
+          for n in (0, 2)))
+    model = network(LARGE)
+    average = common.make_average(model)
+
+    def one_by_one():
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                a.mul_(0.99).add_(p, alpha=0.01)
+
+    fused, loop = best_in_turn(lambda: timed(lambda: common.ema_update_(average, model, 0.99), 1),
+                               lambda: timed(one_by_one, 1))
+    return [row("bare step, channels last / plain layout, both float32", last / plain, None),
+            row(f"bare step, {precision()} / float32, both channels last", low / last, None),
+            row("batches alone, one gather / DataLoader with transforms, best of 0 and 2 workers",
+                batches / max(loader, two), None, ours=batches, workers_0=loader, workers_2=two),
+            row("EMA update, one foreach call / tensor by tensor", fused / loop, None)]
+
+
 def bench_compile(folder, results):
     """--compile against without, in the bare step."""
     rows = []
@@ -348,23 +389,54 @@ def bench_processes(folder, results):
 def bench_scale(folder, results):
     """Seconds of an epoch and memory for 10, 100, 1000 thousand made-up images, for one, two, four
     times the width; each in a process of its own."""
-    rows, code = [], (
+    grid = [(10, 1), (100, 1), (1000, 1), (10, 2), (10, 4)]
+    found, code = {}, (
         "import sys, json, time, resource, torch, numpy as np\n"
         "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
         "import bench\n"
         "print(json.dumps(bench.one_epoch(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))\n")
-    for thousands, width in ((10, 1), (100, 1), (1000, 1), (10, 2), (10, 4)):
+    for thousands, width in grid:
         made = results / f"scale-{thousands}"
         if not made.exists():
             make_images(made, 1000 * thousands)
         done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(made), str(width),
                                str(200)], text=True, capture_output=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row(f"{thousands} thousand images, width {width}: µs an image",
-                        found["seconds_an_image"] * 1e6, None, **found))
+        found[thousands, width] = json.loads(done.stdout.splitlines()[-1])
         if thousands > 100:
             shutil.rmtree(made)
+    rows = []
+    for (thousands, width), figures in found.items():
+        rows.append(row(f"{thousands} thousand images, width {width}: seconds an epoch",
+                        figures["seconds_an_epoch"], None, **figures))
+        rows.append(row("the same, peak memory in GB", figures["peak_gb"], None))
+    for title, over, axis in (("images", grid[:3], 0), ("width", [grid[0], *grid[3:]], 1)):
+        x = np.log([pair[axis] for pair in over])
+        y = np.log([found[pair]["seconds_an_epoch"] for pair in over])
+        rows.append(row(f"seconds an epoch grow with the {title} to the power of",
+                        float(np.polyfit(x, y, 1)[0]), None))
+    draw_scale(found, grid, OUT.with_name("bench-scale.png"))
     return rows
+
+
+def draw_scale(found, grid, path):
+    """Seconds of an epoch and peak memory over the number of images and over the width."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, over, place, title in (
+            (panels[0], grid[:3], 0, "thousand images"),
+            (panels[1], [grid[0], *grid[3:]], 1, "width, 10 thousand images")):
+        x = [pair[place] for pair in over]
+        for key, label, style in (("seconds_an_epoch", "seconds an epoch", "o-"),
+                                  ("peak_gb", "peak memory, GB", "s--")):
+            axes.loglog(x, [found[pair][key] for pair in over], style, label=label,
+                        color="#0072B2" if style == "o-" else "#D55E00")
+        axes.set_xlabel(title)
+        axes.set_xticks(x, [str(value) for value in x])
+        axes.minorticks_off()
+        axes.grid(color="#E4E4E4")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def bench_memory(folder, results):
@@ -421,7 +493,8 @@ def one_epoch(folder, width, most_steps, held=False):
 
 
 BENCHES = dict(student=bench_student, kd=bench_kd, ema=bench_ema, start=bench_start,
-               validation=bench_validation, compile=bench_compile, processes=bench_processes,
+               validation=bench_validation, compile=bench_compile,
+               parts=bench_parts, processes=bench_processes,
                precision=bench_precision, scale=bench_scale, memory=bench_memory)
 
 
