@@ -211,14 +211,19 @@ class Batches:
         return len(self.order(0))
 
     def epoch(self, epoch):
-        """Yield the batches of training epoch 1, 2, …"""
+        """Yield the batches of training epoch 1, 2, …
+
+        What says which images and where to look goes to the images' device once an epoch: after
+        that a GPU that holds them is never waited for.
+        """
+        place = self.images.device
         view = epoch % self.views if self.views else epoch
         streams = ("view", "other view") if self.pair else ("view",)
         draws = [self.draw(stream, view) for stream in streams]
         noises = ("noise", "other noise")[:len(draws)] if self.noise else ()
-        lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch))
+        lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch)).to(place)
                 for stream in noises]
-        for step, rows in enumerate(self.order(epoch)[:, self.mine]):
+        for step, rows in enumerate(self.order(epoch)[:, self.mine].to(place)):
             looks = [self.look(rows, draw) for draw in draws]
             for i, stream in enumerate(noises):
                 g = generator(self.seed, stream, epoch, step, device=self.device)
@@ -235,23 +240,25 @@ class Batches:
         down = torch.randint(-(height // 8), height // 8 + 1, (n,), generator=g)
         right = torch.randint(-(width // 8), width // 8 + 1, (n,), generator=g)
         flip = torch.rand(n, generator=g) < 0.5
+        down, right, flip = (tensor.to(self.images.device) for tensor in (down, right, flip))
         return dict(shift=(down, right), flip=flip)
 
     def look(self, rows, view=None):
         """Return the images of some rows, (B, 3, H, W), normalised; shifted by up to an eighth of
         the side with the edge mirrored, and flipped, as the view says."""
         place = self.images.device
+        rows = rows.to(place)
         if view is None or not self.draws:
-            x = self.images[rows.to(place)]
+            x = self.images[rows]
         else:
             (height, width), (down, right) = self.shape, view["shift"]
-            i = mirror(torch.arange(height) + down[rows, None], height)     # (B, H)
-            j = mirror(torch.arange(width) + right[rows, None], width)      # (B, W)
+            i = mirror(torch.arange(height, device=place) + down[rows, None], height)     # (B, H)
+            j = mirror(torch.arange(width, device=place) + right[rows, None], width)      # (B, W)
             if "flip" in self.draws:
                 j = torch.where(view["flip"][rows, None], j.flip(1), j)
             # One gather does crop, flip and batch: pixel numbers in the list of all pixels.
             pixels = (rows[:, None, None] * height + i[:, :, None]) * width + j[:, None, :]
-            x = self.images.view(-1, 3)[pixels.view(-1).to(place)].view(-1, height, width, 3)
+            x = self.images.view(-1, 3)[pixels.view(-1)].view(-1, height, width, 3)
         if self.device.type == "cuda" and place.type == "cpu":
             x = x.pin_memory()      # so that the copy does not wait for the steps under way
         x = x.to(self.device, non_blocking=True).float() * self.scale + self.offset
@@ -265,7 +272,7 @@ def disturb(x, noise, lots, g, step_size, mine):
     whole step, of which `mine` are x's.
     """
     p1, p2, strength, share = noise
-    one, two = (lots < torch.tensor([[p1], [p2]])).to(x.device).view(2, -1, 1, 1, 1)
+    one, two = (lots.to(x.device).view(2, -1, 1, 1, 1)[i] < p for i, p in enumerate((p1, p2)))
     shape = step_size, *x.shape[1:]
     bell = torch.randn(shape, generator=g, device=x.device)[mine]
     erased = torch.rand(step_size, 1, *shape[2:], generator=g, device=x.device)[mine] < share

@@ -188,7 +188,9 @@ def kept_outputs(teacher, card, job, stream):
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{args.views} views of {len(train)} images, "
                     f"{path.stat().st_size / 1e6:.1f} MB: {path}")
-    return lambda batch: table[batch.epoch % args.views, batch.rows].to(job.device)
+    if table.nbytes < 2**30:        # beside images that lie on a GPU
+        table = table.to(train.images.device)
+    return lambda batch: table[batch.epoch % args.views, batch.rows.to(table.device)].to(job.device)
 
 
 @torch.no_grad()

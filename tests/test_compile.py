@@ -1,0 +1,39 @@
+"""--compile changes the speed, and nothing that a run leaves behind."""
+import shutil
+
+import pytest
+import tiny
+
+import common
+import train_student
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+FLAGS = ("--ema-decay", 0.9, "--norm", "batch")
+
+
+def test_a_compiled_run_learns_the_same_and_is_resumed_exactly(easy, tmp_path, monkeypatch):
+    def run(name, *flags):
+        tiny.run(train_student, easy, tmp_path, *FLAGS, "--run", name, *flags, epochs=3)
+        return tmp_path / "digits" / name
+
+    plain, whole = run("plain"), run("whole", "--compile")
+    for one, two in zip(tiny.metrics(plain), tiny.metrics(whole), strict=True):
+        for key in ("train_loss", "val_loss", "ema_val_loss"):
+            assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-3)
+    assert tiny.load(plain / "best.pt")["model"].keys() == tiny.load(
+        whole / "best.pt")["model"].keys()
+
+    save = common.save_epoch
+
+    def cut(folder, card, history, *rest):
+        save(folder, card, history, *rest)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(common, "save_epoch", cut)
+        run("cut", "--compile")
+    resumed = run("cut", "--compile", "--resume")
+    one, two = tiny.outcome(whole), tiny.outcome(resumed)
+    assert one["final"].pop("run") != two["final"].pop("run")
+    assert tiny.same(one, two)
