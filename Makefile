@@ -45,7 +45,7 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test lint help clean report publish readme bench \
+        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -91,6 +91,9 @@ mean-teacher-no-ema: $(READY)  ## the student consistent with itself
 
 report: $(READY)  ## table and picture of what is finished
 	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir "$(RESULTS)"
+
+html: $(READY)  ## results/report.html: all of it in one file
+	$(PYTHON) report.py html --results-dir "$(RESULTS)"
 
 publish: $(READY)  ## copy a recipe's small files to results/published
 	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)"

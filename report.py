@@ -3,6 +3,7 @@
     python report.py --recipe digits            # report.md, report.json, comparison.png
     python report.py publish --recipe digits    # the same, and the small files into published/
     python report.py sweep --over alpha=0,0.5,1 --seeds 0,1,2 -- distill.py --recipe digits
+    python report.py html                       # results/report.html: all of it in one file
     python report.py readme                     # fill the README's tables from published/
     python report.py readme --check             # exit code 1 if the README is stale
 """
@@ -331,7 +332,14 @@ def sweep(args):
     return grid.sweep(args, *args.script)
 
 
-COMMANDS = {"report": write, "publish": publish, "readme": readme, "sweep": sweep}
+def page(args):
+    """`report.py html`: all that a results folder holds in one file."""
+    import page as one_file  # which imports this one
+
+    return one_file.write(args.results_dir)
+
+
+COMMANDS = {"report": write, "publish": publish, "readme": readme, "sweep": sweep, "html": page}
 
 
 def parse(command, argv):
@@ -355,7 +363,7 @@ def parse(command, argv):
     if command == "readme":
         parser.add_argument("--readme", default="README.md", metavar="FILE", help="(%(default)s)")
         parser.add_argument("--check", action="store_true", help="exit 1 if stale; write nothing")
-    else:
+    elif command != "html":
         parser.add_argument("--recipe", choices=RECIPES, default="digits", metavar="NAME",
                             help=f"whose runs: {', '.join(RECIPES)} (%(default)s)")
     return parser.parse_args(argv)

@@ -1,0 +1,72 @@
+"""results/report.html: one file, whole, that shows what the report says."""
+import html.parser
+
+import fake_runs
+import pytest
+import tiny
+
+import look
+import report
+
+VOID = {"meta", "img", "br"}
+
+
+class Reader(html.parser.HTMLParser):
+    """All text, all pictures, and whether every tag is closed in its order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.pictures, self.tags = [], [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def read(tmp_path):
+    def make():
+        report.main(["html", "--results-dir", str(tmp_path)])
+        reader = Reader()
+        reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+        assert not reader.open
+        return reader
+    return make
+
+
+def test_one_file_holds_all(tmp_path, read):
+    fake_runs.make_six(tmp_path, 3)
+    report.main(["--recipe", "digits", "--results-dir", str(tmp_path)])
+    look.draw_curves(report.read_runs(tmp_path / "digits")[0][0]["history"],
+                     tmp_path / "digits" / "kd-s0" / "curves.png")
+    fake_runs.make_run(tmp_path, "odd<b>&\"-s0", 0, 50)     # a name from --run is only text
+    page = read()
+    assert "script" not in page.tags and "b" not in page.tags
+    assert [picture["alt"] for picture in page.pictures] == ["all runs of digits", "kd-s0"]
+    assert all(picture["src"].startswith("data:image/png;base64,") for picture in page.pictures)
+    for text in ("73.00 ±1.00", "kd - student alone", "+3.00 [+0.52, +5.48]", "helps",
+                 'odd<b>&"'):
+        assert text in "".join(page.text), text
+
+
+def test_sweeps_are_shown(tmp_path, read):
+    folder = tmp_path / "sweeps" / "distill-alpha"
+    folder.mkdir(parents=True)
+    (folder / "sweep.md").write_text("| alpha | n |  |\n| ---: | ---: | ---: |\n"
+                                     "| 0.5 | 3 | best by validation |\n\nMean.\n")
+    page = read()
+    for text in ("distill-alpha", "best by validation", "0.5"):
+        assert text in "".join(page.text)
+
+
+def test_nothing_to_show(tmp_path, capsys):
+    tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], tmp_path, "make all")
