@@ -1,13 +1,22 @@
 """Fixtures of all tests. Nothing here or below writes into the checkout: all goes to tmp_path."""
+import io
+import re
 import sys
+import tarfile
+from collections import Counter
+from hashlib import md5
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # pytest alone, without -m
 
 import tiny  # noqa: E402
+
+import digits  # noqa: E402
+import download  # noqa: E402
 
 torch.set_num_threads(1)        # these networks are so small that threads only wait for each other
 
@@ -37,3 +46,94 @@ def chain(easy, tmp_path_factory):
 def results(chain, tmp_path):
     """A results folder that holds the chain's teacher and nothing else."""
     return tiny.copy_teacher(chain[0], tmp_path / "results")
+
+
+# ---- published sets: small files of the same formats, and some of the real images -------------
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The digits, but 100 and 50 of them."""
+    monkeypatch.setattr(digits, "splits",
+                        lambda: {"train": digits.render(100, 0), "test": digits.render(50, 1)})
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def place(monkeypatch, root):
+    """Put a set's files into root, as a user does by hand, and publish their checksums."""
+    def put(name, **files):
+        for file, body in files.items():
+            (root / file).write_bytes(body)
+        monkeypatch.setitem(download.FILES, name, tuple(
+            download.File(file, len(body), md5(body).hexdigest(), ("http://127.0.0.1:9/",))
+            for file, body in files.items()))
+    return put
+
+
+@pytest.fixture
+def svhn(place, monkeypatch):
+    """Place three small .mat files: {part: (images, the file's labels 1 to 10)}."""
+    import scipy.io  # slow to import, and few tests need them
+    import torchvision.datasets
+
+    parts = {name: (tiny.images(n, n), np.arange(n) % 10 + 1)
+             for name, n in (("train", 60), ("test", 20), ("extra", 40))}
+    split_list, files = {}, {}
+    for name, (pictures, labels) in parts.items():
+        made = io.BytesIO()
+        scipy.io.savemat(made, {"X": pictures.transpose(1, 2, 3, 0),
+                                "y": labels.astype(np.uint8)[:, None]}, do_compression=True)
+        file, body = f"{name}_32x32.mat", made.getvalue()
+        files[file], split_list[name] = body, ["", file, md5(body).hexdigest()]
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
+    place("svhn-extra", **files)
+    place("svhn", **{file: body for file, body in files.items() if "extra" not in file})
+    return parts
+
+
+def shared(name):
+    if not (tiny.SHARED / name).exists():
+        pytest.skip(f"{tiny.SHARED / name} is not there")
+    return tiny.SHARED / name
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """The first 40 train and 10 test images of each class."""
+    path = shared("cifar10-jpeg.tar.xz")
+    root, counts = tmp_path_factory.mktemp("photographs"), Counter()
+    with tarfile.open(path, "r|xz") as archive:
+        for member in archive:
+            split, name = Path(member.name).parts[1:3] if member.isfile() else (None, None)
+            counts[split, name] += 1
+            if counts[split, name] <= {"train": 40, "test": 10}.get(split, 0):
+                archive.extract(member, root, filter="data")
+    return root / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Two classes of the real Tiny ImageNet: (folder, {wnid: names of its validation images}).
+    These follow their class in the archive, so that val_annotations.txt is not needed to know."""
+    path = shared("tiny-imagenet-200.part1of4.tar.xz")
+    root, chosen = tmp_path_factory.mktemp("real"), {"n01443537": [], "n01629819": []}
+    with tarfile.open(path, "r|xz") as archive:
+        for info in archive:
+            folder, kind, *rest = Path(info.name).parts + ("",)
+            if kind == "train":
+                current, number = rest[0], re.search(r"_(\d+)\.JPEG$", info.name)
+                wanted = current in chosen and number and int(number[1]) < 20
+            elif info.name.endswith(".JPEG"):
+                wanted = current in chosen
+                if wanted:
+                    chosen[current].append(rest[1])
+            else:
+                wanted = info.name.endswith(".txt")
+            if wanted:
+                archive.extract(info, root, filter="data")
+    return root / folder, chosen

@@ -82,6 +82,24 @@ def test_ema_equals_torch():
     assert sum("running" in name for name in theirs) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ema_equals_timm(dtype):
+    timm = pytest.importorskip("timm.utils")
+    model = net(0)
+    # Without dtype timm's average has the model's, and rounds at random where that is bfloat16.
+    reference = timm.ModelEmaV3(model.to(dtype), decay=0.8, use_warmup=False, dtype=torch.float32)
+    average = common.make_average(model)
+    for _ in range(5):
+        stir(model.float())
+        model.to(dtype)
+        reference.update(model)
+        common.ema_update_(average, model, 0.8)
+    theirs = reference.module.state_dict()
+    for name, value in average.state_dict().items():        # the count of batches among them
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7)
+    assert theirs["1.num_batches_tracked"] == 6 and theirs["1.running_var"].dtype == torch.float32
+
+
 def test_ema_decay_0_copies_and_1_freezes():
     model, average = net(0), common.make_average(net(1))
     stir(model)         # one more batch counted than the average has

@@ -315,6 +315,15 @@ def test_mean_and_std_are_of_the_whole_train_split(easy):
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), rtol=1e-4, atol=0)
 
 
+def test_normalise_half_is_a_mean_and_a_deviation_of_a_half(easy):
+    half, own = load(easy, normalise="half"), load(easy)
+    assert half.mean == half.std == (0.5, 0.5, 0.5) != own.mean
+    assert load(easy, normalise="train")[3:] == own[3:] and half.key == own.key
+    batch = next(iter(data.Batches(half.test, half.mean, half.std, 50)))
+    expected = half.test.images[:50] / 127.5 - 1            # from −1 to 1
+    np.testing.assert_allclose(batch.x.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+
+
 def test_a_constant_channel_does_not_divide_by_zero():
     images = np.zeros((5, 4, 4, 3), np.uint8)
     mean, std = readers.mean_and_std(images)

@@ -49,6 +49,17 @@ def test_a_finished_run_with_other_settings_is_refused(done, capsys, flags, name
     assert train_student.main([*words, *flags, "--run", "other", "--dry-run"])
 
 
+def test_a_run_from_before_there_was_a_flag_had_its_default(done, capsys):
+    words, folder, final = done
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("normalise") == "train"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert train_student.main([*words, "--resume"]) == final
+    assert "finished already, kept" in tiny.said(capsys)
+    tiny.refused(capsys, train_student, [*words, "--normalise", "half"], folder,
+                 "normalise train (asked for: half)")
+
+
 def test_a_finished_run_on_other_data_is_refused(done, tmp_path, capsys):
     words, folder, _ = done
     other = tiny.make_folder(tmp_path / "other", seed=1)

@@ -4,14 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from tiny import ROOT, make
 
 import report
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
 LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
@@ -19,11 +18,6 @@ PYTHON = [line for line in LINES if re.match(r"python \w+\.py", line)]
 MAKE = [line for line in LINES + re.findall(r"`(make [^`]*)`", README)
         if line.startswith("make ")]
 TRAINING = {"train_teacher", "train_student", "distill"}
-
-
-def make(*words):
-    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *words], text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL)
 
 
 def test_there_are_commands_to_try():

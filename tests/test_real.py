@@ -1,36 +1,15 @@
 """A run on real photographs, where they are there: CIFAR-10 as JPEG files."""
-import tarfile
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
-import pytest
 import tiny
 from PIL import Image
 
-import common
 import data
 import distill
 import train_student
 import train_teacher
 
-ARCHIVE = Path(common.__file__).parent.parent / "shared" / "data" / "cifar10-jpeg.tar.xz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """The first 40 train and 10 test images of each class."""
-    if not ARCHIVE.exists():
-        pytest.skip(f"{ARCHIVE} is not there")
-    root, counts = tmp_path_factory.mktemp("photographs"), Counter()
-    with tarfile.open(ARCHIVE, "r|xz") as archive:
-        for member in archive:
-            split, name = Path(member.name).parts[1:3] if member.isfile() else (None, None)
-            counts[split, name] += 1
-            if counts[split, name] <= {"train": 40, "test": 10}.get(split, 0):
-                archive.extract(member, root, filter="data")
-    return root / "cifar10"
 
 
 def test_photographs_are_read_as_pil_reads_them(photographs):

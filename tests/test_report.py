@@ -231,6 +231,19 @@ def test_without_validation_images(tmp_path):
     assert "Without validation images (-) the last epoch counts as the best." in result["notes"]
 
 
+def test_networks_of_different_size_are_not_compared(tmp_path):
+    make_run(tmp_path, "teacher-s0", 0, 80)
+    make_run(tmp_path, "student-s0", 0, 70)
+    make_run(tmp_path, "kd-s0", 0, 73, parameters=45_679)       # all but the student's
+    make_run(tmp_path, "kd-only-s0", 0, 74)
+    make_run(tmp_path, "mean-teacher-s0", 0, 81, 83, parameters=1_234_567)      # the teacher's
+    make_run(tmp_path, "mean-teacher-no-ema-s0", 0, 71)
+    found = compared(numbers(tmp_path))
+    assert {title: round(entry["best"]["mean"], 6) for title, entry in found.items()} == {
+        "kd-only - student alone": 4, "mean teacher, average - teacher": 3,
+        "average - its student": 2, "student alone - teacher": -10}
+
+
 # ---- what is written --------------------------------------------------------------------------
 
 def test_files_and_terminal(tmp_path, capsys):

@@ -1,10 +1,7 @@
 """The published sets, on small files of the same formats, written here, and on real ones."""
-import io
 import os
 import pickle
-import re
 import shutil
-import tarfile
 import time
 import warnings
 from hashlib import md5
@@ -12,43 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import tiny
 import torchvision.datasets
 from PIL import Image
 
-import common
 import data
 import download
 import readers
 
-PART = Path(common.__file__).parent.parent / "shared/data/tiny-imagenet-200.part1of4.tar.xz"
-
-
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def place(monkeypatch, root):
-    """Put a set's files into root, as a user does by hand, and publish their checksums."""
-    def put(name, **files):
-        for file, body in files.items():
-            (root / file).write_bytes(body)
-        monkeypatch.setitem(download.FILES, name, tuple(
-            download.File(file, len(body), md5(body).hexdigest(), ("http://127.0.0.1:9/",))
-            for file, body in files.items()))
-    return put
-
 
 def words(root, name, *more):
     return ["--dataset", name, "--data-dir", root, *more]
-
-
-def images(count, seed, side=32):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def by_image(split):
@@ -90,7 +61,7 @@ NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 @pytest.fixture
 def cifar(place, root, monkeypatch, tmp_path):
     """Place the archive of a small CIFAR-10 of six pickles: (images, labels) of all of them."""
-    pictures, labels = images(120, 1), np.arange(120) % 10
+    pictures, labels = tiny.images(120, 1), np.arange(120) % 10
     files = {"batches.meta": {"label_names": [f"class {i}" for i in range(10)]}}
     for name, rows in zip(NAMES, np.split(np.arange(120), 6), strict=True):
         files[name] = {"data": pictures[rows].transpose(0, 3, 1, 2).reshape(20, -1),
@@ -158,24 +129,6 @@ def test_no_pickle_is_opened_before_its_checksum_fits(cifar, root, tmp_path, cap
 
 
 # ---- SVHN -------------------------------------------------------------------------------------
-
-@pytest.fixture
-def svhn(place, monkeypatch):
-    """Place three small .mat files: {part: (images, the file's labels 1 to 10)}."""
-    parts = {name: (images(n, n), np.arange(n) % 10 + 1)
-             for name, n in (("train", 60), ("test", 20), ("extra", 40))}
-    split_list, files = {}, {}
-    for name, (pictures, labels) in parts.items():
-        made = io.BytesIO()
-        scipy.io.savemat(made, {"X": pictures.transpose(1, 2, 3, 0),
-                                "y": labels.astype(np.uint8)[:, None]}, do_compression=True)
-        file, body = f"{name}_32x32.mat", made.getvalue()
-        files[file], split_list[name] = body, ["", file, md5(body).hexdigest()]
-    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
-    place("svhn-extra", **files)
-    place("svhn", **{file: body for file, body in files.items() if "extra" not in file})
-    return parts
-
 
 def digit(part):
     """Image -> digit; ten is written 10 in the files."""
@@ -299,30 +252,6 @@ def test_a_damaged_tiny_imagenet_is_named(root, capsys, damage, parts):
     assert not list(root.glob(".arrays/*"))
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """Two classes of the real Tiny ImageNet: (folder, {wnid: names of its validation images}).
-    These follow their class in the archive, so that val_annotations.txt is not needed to know."""
-    if not PART.exists():
-        pytest.skip(f"{PART} is not there")
-    root, chosen = tmp_path_factory.mktemp("real"), {"n01443537": [], "n01629819": []}
-    with tarfile.open(PART, "r|xz") as archive:
-        for info in archive:
-            folder, kind, *rest = Path(info.name).parts + ("",)
-            if kind == "train":
-                current, number = rest[0], re.search(r"_(\d+)\.JPEG$", info.name)
-                wanted = current in chosen and number and int(number[1]) < 20
-            elif info.name.endswith(".JPEG"):
-                wanted = current in chosen
-                if wanted:
-                    chosen[current].append(rest[1])
-            else:
-                wanted = info.name.endswith(".txt")
-            if wanted:
-                archive.extract(info, root, filter="data")
-    return root / folder, chosen
-
-
 def test_the_real_tiny_imagenet(real, capsys):
     folder, val = real
     splits = data.load("tinyimagenet", folder.parent)
@@ -348,7 +277,7 @@ def make_arrays(root, log):
         with open(log, "a") as lines:
             lines.write("read\n")
         time.sleep(0.5)
-        pictures = images(40, 0)
+        pictures = tiny.images(40, 0)
         return {part: (pictures, np.arange(40) % 4) for part in ("train", "test")}, range(4)
 
     arrays, facts = readers.cached_arrays(root / ".arrays" / "some-set", read)

@@ -12,6 +12,7 @@ import data
 import distill
 import look
 import models
+import report
 import train_student
 import train_teacher
 
@@ -21,7 +22,7 @@ FINAL = {
     "ema_best_epoch", "val_accuracy", "test_accuracy", "test_loss", "ema_val_accuracy",
     "ema_test_accuracy", "last_test_accuracy", "learned", "seconds", "images_per_second",
     "setup_seconds", "teacher_seconds", "peak_memory_bytes", "device", "precision", "torch",
-    "schema", "ema_last_test_accuracy"}
+    "schema", "ema_last_test_accuracy", "recomputed_val_accuracy", "recomputed_test_accuracy"}
 METRICS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
     "ema_val_accuracy", "lr", "seconds", "images_per_second")
@@ -48,14 +49,23 @@ def test_every_run_learns_what_is_easy(finished):
 
 
 def test_twelve_plain_convs_learn_but_not_with_gain_1(easy, tmp_path, capsys):
-    finals = {init: tiny.run(train_teacher, easy, tmp_path, "--arch", "tinyimagenet-teacher",
-                             "--image-size", 8, "--init", init, "--optimizer", "sgd",
-                             "--lr", 0.05, "--run", init, epochs=3)
+    recipe = ("--recipe", "tinyimagenet-kd", "--image-size", 8)
+    finals = {init: tiny.run(train_teacher, easy, tmp_path / init, *recipe, "--init", init,
+                             "--optimizer", "sgd", "--lr", 0.05, epochs=3)
               for init in ("he", "xavier", "xavier-gain1")}
     assert finals["he"]["val_accuracy"] > 0.7 and finals["xavier"]["val_accuracy"] > 0.7
     assert finals["xavier-gain1"]["learned"] is False
     printed = tiny.said(capsys)
     assert printed.count("nothing learned") == 1 and "loss sits at ln(4) = 1.386" in printed
+
+    for init, verdict in (("xavier", "cannot tell"), ("xavier-gain1", "no conclusion")):
+        tiny.run(train_student, easy, tmp_path / init, *recipe, "--arch", "digits-student",
+                 epochs=tiny.ENOUGH)
+        made, _ = report.build("tinyimagenet-kd", tmp_path / init)
+        assert [(entry["title"], entry["best"]["verdict"]) for entry in made["comparisons"]] == [
+            ("student alone - teacher", verdict)]
+        doubt = [note for note in made["notes"] if "No conclusion from teacher-s0" in note]
+        assert len(doubt) == (verdict == "no conclusion")
 
 
 def test_a_run_that_cannot_learn_says_so(noise, tmp_path, capsys):
@@ -78,10 +88,20 @@ def test_few_labels_and_many_images(easy, results, capsys):
     # A step of consistency holds 4 labelled and 12 unlabelled rows; the student alone sees 16.
     taught = tiny.run(distill, easy, results, "--objective", "consistency", "--labels", 16,
                       "--ema-decay", 0.8, epochs=8)
-    assert "120 train (104 unlabelled)" in tiny.said(capsys)
+    assert "120 train (104 unlabelled; 4 of a batch are labelled)" in tiny.said(capsys)
     alone = tiny.run(train_student, easy, results, "--labels", 16, epochs=2)
     assert "16 train, 40 validation" in tiny.said(capsys)
     assert taught["learned"] and taught["val_accuracy"] > 0.8 and alone["epochs"] == 2
+
+
+@pytest.mark.parametrize("labels, size, share", [(16, 16, 4), (80, 16, 11), (4, 2, 1)])
+def test_a_start_says_how_many_of_a_batch_are_labelled(easy, tmp_path, capsys, labels, size, share):
+    tiny.run(distill, easy, tmp_path, "--objective", "consistency", "--labels", labels,
+             "--batch-size", size, "--dry-run")
+    assert f"{120 - labels} unlabelled; {share} of a batch are labelled" in tiny.said(capsys)
+    splits = data.load("folder", easy, labels, 0.25, image_size=tiny.SIDE)
+    batches = list(data.Batches(splits.train, splits.mean, splits.std, size).epoch(1))
+    assert {(len(batch.y), int((batch.y >= 0).sum())) for batch in batches} == {(size, share)}
 
 
 @pytest.mark.parametrize("flags", [
@@ -110,6 +130,7 @@ def test_final_json(finished):
     for key in ("ema_best_epoch", "ema_val_accuracy", "ema_test_accuracy",
                 "ema_last_test_accuracy"):
         assert (final[key] is not None) == averaged
+    assert final["recomputed_val_accuracy"] is final["recomputed_test_accuracy"] is None
     clocks = [final["setup_seconds"], final["teacher_seconds"] or 0.0,
               *(float(row["seconds"]) for row in tiny.metrics(folder, clocks=True))]
     assert final["seconds"] >= sum(clocks) and final["setup_seconds"] > 0
@@ -202,6 +223,74 @@ def test_last_test_accuracy_is_of_the_last_weights(chain, easy):
                 assert found["accuracy"] == final[f"{prefix}last_test_accuracy"]
 
 
+def accuracy(model, batches):
+    with torch.no_grad():
+        return torch.cat([model.eval()(b.x).argmax(1) == b.y for b in batches]).float().mean()
+
+
+def remeasured(folder, images):
+    """Accuracy on validation and test of a run's average, each BatchNorm's statistics set to the
+    mean, over the batches of the last epoch, of their means and unbiased variances."""
+    card, config = tiny.load(folder / "best.pt"), json.loads((folder / "config.json").read_text())
+    model = models.build(**card["build"])
+    model.load_state_dict(card["ema"])
+    splits = data.load("folder", images, None, 0.25, image_size=tiny.SIDE)
+    train, val, test = (data.Batches(split, splits.mean, splits.std, 16, augment=config["augment"])
+                        for split in splits[:3])
+    inputs = {layer: [] for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)}
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: inputs[layer].append(args[0]))
+             for layer in inputs]
+    with torch.no_grad():
+        for batch in train.epoch(config["epochs"]):
+            model.train()(batch.x)
+    for layer, seen in inputs.items():
+        layer.running_mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+        layer.running_var = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    for hook in hooks:
+        hook.remove()
+    return accuracy(model, val), accuracy(model, test)
+
+
+@pytest.mark.parametrize("folder, rate, epochs, best", [("easy", 0.002, 2, 2),
+                                                        ("noise", 0.006, 4, 3)])
+def test_the_average_with_its_statistics_measured_anew(folder, rate, epochs, best, tmp_path,
+                                                       request):
+    images = request.getfixturevalue(folder)
+    final = tiny.run(distill, images, tmp_path, "--objective", "consistency", "--ema-decay", 0.8,
+                     "--norm", "batch", "--lr", rate, "--schedule", "constant", epochs=epochs)
+    assert final["ema_best_epoch"] == best, "choose another rate: best and last must be seen apart"
+    val, test = remeasured(tmp_path / "digits" / "mean-teacher-s0", images)
+    assert final["recomputed_val_accuracy"] == pytest.approx(val.item())
+    assert final["recomputed_test_accuracy"] == pytest.approx(test.item())
+    assert final["recomputed_test_accuracy"] != final["ema_test_accuracy"]
+
+    plain = tiny.run(train_student, images, tmp_path, "--norm", "batch", epochs=1)   # no average
+    assert plain["recomputed_val_accuracy"] is plain["recomputed_test_accuracy"] is None
+    rows = {row["key"]: row for row in report.main(["--results-dir", str(tmp_path)])["rows"]}
+    assert list(rows) == ["student", "mean-teacher", "mean-teacher/average",
+                          "mean-teacher/recomputed"]
+    row = rows["mean-teacher/recomputed"]
+    assert row["test_accuracy"]["values"] == [final["recomputed_test_accuracy"]]
+    assert row["last_test_accuracy"]["values"] == [None]        # not recorded
+    lines = (tmp_path / "digits" / "report.md").read_text().splitlines()
+    written = next(line for line in lines if line.startswith("| mean teacher, recomputed "))
+    assert written.split("|")[7:9] == [f" {100 * test:.2f} ", " - "]
+
+
+def test_normalise_half_reaches_best_pt_and_predictions(easy, tmp_path):
+    tiny.run(train_student, easy, tmp_path, "--normalise", "half")
+    card = tiny.load(tmp_path / "digits" / "student-s0" / "best.pt")
+    assert card["mean"] == card["std"] == (0.5, 0.5, 0.5)
+    model = models.build(**card["build"]).eval()
+    model.load_state_dict(card["model"])
+    paths = sorted(easy.glob("test/*/0.png"))
+    x = np.stack([np.asarray(Image.open(path)) for path in paths]) / 127.5 - 1
+    with torch.no_grad():
+        shares = model(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2)).softmax(1)
+    found = look.predict(tmp_path / "digits" / "student-s0", paths)
+    assert [one["probability"] for one in found] == pytest.approx(shares.amax(1).tolist(), rel=1e-4)
+
+
 def test_curves_are_drawn(easy, tmp_path):
     tiny.run(train_student, easy, tmp_path, curves=True)
     assert min(Image.open(tmp_path / "digits" / "student-s0" / "curves.png").size) > 200
@@ -270,10 +359,7 @@ def test_without_validation_the_last_epoch_counts(easy, tmp_path):
 
 # ---- data sets by name ------------------------------------------------------------------------
 
-def test_the_default_recipe_on_some_of_its_digits(tmp_path, monkeypatch):
-    import digits
-    monkeypatch.setattr(digits, "splits",
-                        lambda: {"train": digits.render(300, 0), "test": digits.render(100, 1)})
+def test_the_default_recipe_on_some_of_its_digits(few_digits, tmp_path):
     final = train_student.main(["--data-dir", str(tmp_path / "data"), "--results-dir",
                                 str(tmp_path), "--epochs", "1", "--device", "cpu"])
     assert final["recipe"] == "digits" and final["run"] == "student-s0"

@@ -2,6 +2,8 @@
 import csv
 import json
 import shutil
+import subprocess
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,6 +18,8 @@ import train_teacher
 from flags import RECIPES, settings  # noqa: F401  (the tests take them from here)
 from runs import best_epoch, learned_nothing  # noqa: F401
 
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"        # archives of real images, where there are any
 COLOURS = {"blue": (40, 40, 220), "green": (40, 200, 40), "grey": (128, 128, 128),
            "red": (220, 40, 40)}
 SIDE = 16
@@ -29,6 +33,10 @@ SIX = {
     "mean-teacher-no-ema-s0": (distill, ("--objective", "consistency", "--ema-decay", 0)),
 }
 CLOCKS = ("seconds", "images_per_second", "setup_seconds", "teacher_seconds", "peak_memory_bytes")
+
+
+def images(count, seed, side=32):
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def make_folder(root, train=40, test=20, easy=True, side=SIDE, seed=0):
@@ -61,6 +69,12 @@ def run(script, folder, results, *flags, epochs=2, curves=False):
     draw = look.draw_curves if curves else None
     with mock.patch.object(look, "draw_curves", draw):
         return script.main(words(folder, results, *flags, epochs=epochs))
+
+
+def make(*words):
+    """`make` in the checkout, as the user types it."""
+    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *words], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL)
 
 
 def copy_teacher(source, results):
