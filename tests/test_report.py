@@ -365,7 +365,7 @@ def test_readme_with_wrong_markers_is_left_alone(tmp_path, capsys, text, told):
     (["--recipe", "digtis"], "digtis"), (["--recip", "digits"], "--recip"),
     (["--colour"], "--colour"), (["--check"], "--check"),
     (["readme", "--recipe", "digits"], "--recipe"),
-    (["pubish"], "unknown command 'pubish' (choose from report, publish, readme)"),
+    (["pubish"], "unknown command 'pubish' (choose from report, publish, readme, sweep, html)"),
     (["readme", "--readme", "no/such.md"], "such.md: No such file")])
 def test_wrong_words(capsys, words, told):
     assert told in refused(capsys, *words)
