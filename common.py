@@ -89,11 +89,12 @@ def ema_reached(decay):
 # ---- evaluate ---------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, batches, precision="fp32"):
+def evaluate(model, batches, precision="fp32", kept=None):
     """Return {"loss": mean cross-entropy, "accuracy": 0 to 1, "n": rows} over labelled rows.
 
     batches: any iterable of items that begin (x, y), of any sizes: everything is a sum over rows,
     divided by n at the end. The model is in eval mode inside; every module gets its mode back.
+    kept: a list that takes each batch's logits.
     """
     device = next((p.device for p in model.parameters()), None)
     modes = [(module, module.training) for module in model.modules()]
@@ -104,6 +105,8 @@ def evaluate(model, batches, precision="fp32"):
             x, y = x.to(device or x.device), y.to(device or x.device)
             with autocast(x.device, precision):
                 logits = model(x)                                       # (B, classes)
+            if kept is not None:
+                kept.append(logits.float())
             losses.append(F.cross_entropy(logits.float(), y, ignore_index=-1, reduction="sum"))
             hits.append((logits.argmax(1) == y).sum())      # an unlabelled -1 is never hit
             rows.append((y >= 0).sum())
@@ -304,6 +307,14 @@ def load_checkpoint(path):
         fail(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__})")
 
 
+def save_logits(path, logits, labels):
+    """Write the best epoch's outputs on the test split, for what accuracy does not say."""
+    memory = io.BytesIO()
+    np.savez_compressed(memory, logits=torch.cat(logits).cpu().numpy(),
+                        labels=labels.cpu().numpy())
+    runs.write_whole(path, memory.getvalue())
+
+
 def save_epoch(folder, card, history, best, networks, optimizer):
     """Write best.pt, metrics.csv, checkpoint.pt in this order: the last is the commit point."""
     epochs = {name: runs.best_epoch(history, name) for name in networks}
@@ -336,10 +347,12 @@ def score(args, folder, networks, best, history, splits, facts, limit):
     known = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in first}
     last, tested = {}, {"ema": {}, "recomputed": {}}
     for name, network in networks.items():
-        tested[name] = last[name] = evaluate(network, test, args.precision)
+        tested[name] = last[name] = evaluate(network, test, args.precision, logits := [])
         if first[name] < len(history):
             network.load_state_dict(best[name])
-            tested[name] = evaluate(network, test, args.precision)
+            tested[name] = evaluate(network, test, args.precision, logits := [])
+        if name == "model" and world() == 1:        # of several processes each has seen a part
+            save_logits(folder / "test.npz", logits, test.labels)
     average = networks.get("ema")
     if average is not None and args.norm == "batch":
         # Averaged statistics are not those of the averaged weights: measure them on one epoch.

@@ -115,6 +115,29 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     _save(figure, path)
 
 
+def draw_details(panels, path):
+    """Write a PNG: reliability diagram and confusion matrix of each network.
+
+    panels: title -> (bins of compare.calibration, counts of compare.confusion).
+    """
+    figure = Figure(figsize=(2.9 * len(panels) + 0.6, 6), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    for column, (title, (bins, counts)) in enumerate(panels.items()):
+        top, low = axes[:, column]
+        sure, share, rows = zip(*bins, strict=True)
+        top.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1.2)
+        top.plot(sure, share, color="#0072B2", linewidth=1.2)
+        top.scatter(sure, share, [12 + 160 * n / sum(rows) for n in rows], color="#0072B2")
+        top.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        top.set_title(_short(title), fontsize=TEXT)
+        _plain(top, "share that is right" if not column else None, "confidence")
+        image = low.imshow(counts / counts.sum(1, keepdims=True).clip(1), vmin=0, vmax=1,
+                           cmap="cividis")
+        _plain(low, "true class" if not column else None, "class that was said")
+    figure.colorbar(image, ax=list(axes[1]), shrink=0.8, label="share of the true class")
+    _save(figure, path)
+
+
 def _test_panel(axes, rows, chance):
     """Dots with values: the mean of the seeds, each seed faintly, first row on top."""
     everything = [100 * value for row in rows for value in row["test_accuracy"]["values"]]

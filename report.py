@@ -12,13 +12,24 @@ import json
 import re
 import shlex
 import shutil
-import textwrap
 from collections import Counter
 from pathlib import Path
 
+import render
+from compare import (
+    add_beside,
+    add_gaps,
+    calibration,
+    compare,
+    confusion,
+    group_runs,
+    label,
+    make_rows,
+    read_runs,
+)
 from flags import RECIPES, Parser, fail, launch, settings, words
-from look import MOST_BYTES, draw_comparison
-from runs import ROWS, add_gaps, compare, group_runs, label, make_rows, read_runs, write_whole
+from look import MOST_BYTES, draw_comparison, draw_details
+from runs import write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -29,23 +40,9 @@ MATTERS = {  # the same; runs that differ in one of these are compared with a wa
     "device": "device", "precision": "precision", "epochs": "epochs", "data": "data_key",
     "labels": "labels", "augmentation": "augment", "views": "views",
 }
-COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
-    "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
-    "validation %": "val %", "test %": "test %", "test %, last epoch": None, "gap": "gap",
-    "seconds": "sec",
-}
-COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict",
-            "last epoch: points [95 %]", "verdict")
-COMMAND_OF = {
-    "teacher": "train_teacher.py", "student": "train_student.py",
-    "kd": "distill.py --objective kd", "kd-only": "distill.py --objective kd-only",
-    "kd-ema": "distill.py --objective kd --teacher ema",
-    "mean-teacher": "distill.py --objective consistency",
-    "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
-}
+DETAILED = ("teacher", "student", "kd", "mean-teacher")     # rows that details.png shows
 CLASSES = {"digits": 10, "cifar10": 10, "svhn": 10, "tinyimagenet": 200}
 SCHEMA = 1  # of report.json
-MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
 MARKER = re.compile(r"<!--\s*(?:([\w-]+):([\w.-]+)|/([\w-]+))\s*-->")
 PUBLISHED = ("config.json", "metrics.csv", "final.json", "curves.png")  # of a run: no weights
 
@@ -53,7 +50,8 @@ PUBLISHED = ("config.json", "metrics.csv", "final.json", "curves.png")  # of a r
 # ---------------------------------------------------------------- the report
 
 def build(recipe, results_dir="results"):
-    """A recipe's finished runs, read and compared: (the report as a dict, the runs)."""
+    """A recipe's finished runs, read and compared: (the report as a dict, the runs, the outputs on
+    test of each row)."""
     folder = Path(results_dir) / recipe
     runs, unfinished = read_runs(folder)
     if not runs:
@@ -66,6 +64,7 @@ def build(recipe, results_dir="results"):
     made = {name: _spread(groups, key) for name, key in SETTINGS.items()}
     config = runs[0]["config"]
     notes = _notes(groups, rows, made, add_gaps(rows))
+    pooled = add_beside(rows, folder)
     for role in ("teacher", "student"):
         if role not in rows:
             notes.append(f"Missing: the {label(role)}. "
@@ -76,7 +75,7 @@ def build(recipe, results_dir="results"):
     classes = len(classes) if isinstance(classes, list) else classes
     return {"schema": SCHEMA, "recipe": recipe, "settings": made, "rows": list(rows.values()),
             "comparisons": compare(rows), "notes": notes, "unfinished": unfinished,
-            "chance": 1 / classes if classes else None}, runs
+            "chance": 1 / classes if classes else None}, runs, pooled
 
 
 def _command(role, recipe, results_dir, config):
@@ -115,8 +114,8 @@ def _notes(groups, rows, made, no_gap):
     line = "; ".join(f"{name} {text}" for name, text in made.items())
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
-        (doubtful, f"{MARK} No conclusion from {', '.join(doubtful)}: learned nothing, accuracy "
-                   "not above chance."),
+        (doubtful, f"{render.MARK} No conclusion from {', '.join(doubtful)}: learned nothing, "
+                   "accuracy not above chance."),
         (differ, f"The runs differ in what matters: {differ}."),
         (True, "Accuracies are of the best validation epoch; test was scored once."),
         (any(row["val_accuracy"]["mean"] is None for row in rows.values()),
@@ -129,145 +128,25 @@ def _notes(groups, rows, made, no_gap):
     return [note for applies, note in notes if applies]
 
 
-# ---------------------------------------------------------------- words
-
-def _percent(figure):
-    if figure["mean"] is None:
-        return "-"
-    spread = "" if figure["sd"] is None else f" ±{100 * figure['sd']:.2f}"
-    return f"{100 * figure['mean']:.2f}{spread}"
-
-
-def _count(figure):
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if figure["mean"] >= size:
-            return f"{figure['mean'] / size:.3g} {unit}"
-    return f"{figure['mean']:.0f}"
-
-
-def _points(entry):
-    """A difference in words: "+1.20 [+0.31, +2.09]"; none that begs for a conclusion."""
-    if entry["mean"] is None or entry["verdict"] == "no conclusion":
-        return "-"
-    bounds = "one seed: no interval" if entry["low"] is None else (
-        f"{entry['low']:+.2f}, {entry['high']:+.2f}")
-    return f"{entry['mean']:+.2f} [{bounds}]"
-
-
-def _cells(row):
-    """What a table shows of a row, in the order of COLUMNS."""
-    return [row["label"] + ("" if row["learned"] else f" {MARK}"), str(len(row["seeds"])),
-            _count(row["parameters"]), _count(row["macs"]), f"{row['epochs']['mean']:g}",
-            _percent(row["val_accuracy"]), _percent(row["test_accuracy"]),
-            _percent(row["last_test_accuracy"]),
-            "-" if row["gap"] is None else f"{100 * row['gap']:.0f} %",
-            f"{row['seconds']['mean']:.{0 if row['seconds']['mean'] >= 10 else 1}f}"]
-
-
-def _pipes(header, lines):
-    """A Markdown table; first column to the left, the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-                     for line in lines)
-
-
-def _aligned(lines, width=80):
-    """A table for the terminal: columns as narrow as they can be, names cut to fit the width."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    space = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
-    widths[0] = min(widths[0], width - sum(widths[1:]) - space * (len(widths) - 1))
-    return "\n".join((" " * space).join(
-        [line[0][:widths[0]].ljust(widths[0])]
-        + [cell.rjust(wide) for cell, wide in zip(line[1:], widths[1:], strict=True)])
-        for line in lines)
-
-
-def markdown_table(report):
-    """The rows of a report as Markdown, with settings and notes; also what the README shows."""
-    table = _pipes(COLUMNS, map(_cells, report["rows"]))
-    return table + "\n\n" + "<br>\n".join(report["notes"])
-
-
-def markdown_comparisons(report):
-    """The comparisons of a report as Markdown."""
-    return _pipes(COMPARED, [
-        [entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
-         entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
-        for entry in report["comparisons"]])
-
-
-def markdown_commands(report):
-    """The command of each run with the accuracy and the time to expect, as Markdown."""
-    recipe = "" if report["recipe"] == "digits" else report["recipe"]
-    lines = []
-    for row in report["rows"]:
-        if row["key"] in COMMAND_OF:
-            words = COMMAND_OF[row["key"]] + (f" --recipe {recipe}" if recipe else "")
-            target = f"make {row['key']}" + (f" RECIPE={recipe}" if recipe else "")
-            lines.append([f"`python {words}`", f"`{target}`", _percent(row["test_accuracy"]),
-                          f"{row['seconds']['mean']:.0f}"])
-    return _pipes(("command", "or", "test %", "seconds"), lines)
-
-
-def markdown_bench(found):
-    """published/bench.json as Markdown: what, goal, and a column for each kind of device."""
-    kinds = {"cpu": "CPU", "cuda": "GPU"}
-    lines, machines = {}, []
-    for kind in kinds:
-        for name, part in found.get(kind, {}).items():
-            for row in part["rows"]:
-                value = f"{row['ratio']:.3g}" + ("" if row["met"] else " (missed)")
-                lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
-        made = [part["machine"] for part in found.get(kind, {}).values()]
-        machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
-                            f"{m['precision']}, torch {m['torch']}" for m in made})
-    table = _pipes(("what", "goal", *kinds.values()), [
-        [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
-        for (_, title, goal), values in lines.items()])
-    return table + "\n\n" + "<br>\n".join(machines)
-
-
 # Markers of the README.
-BLOCKS = {"table": markdown_table, "comparisons": markdown_comparisons,
-          "commands": markdown_commands, "bench": markdown_bench}
-
-
-def markdown(report):
-    """report.md."""
-    keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]
-    return "\n\n".join([
-        f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
-        "## Comparisons", markdown_comparisons(report),
-        "Points of test accuracy, paired by seed, with the 95 % interval of Student's t. Where it "
-        "holds 0, and with one seed, the runs cannot tell.",
-        "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
-
-
-def terminal(report):
-    """What is printed: 80 columns, plain text."""
-    shown = [place for place, short in enumerate(COLUMNS.values()) if short]
-    lines = [list(COLUMNS.values()), *map(_cells, report["rows"])]
-    notes = [textwrap.fill(note, 80, break_on_hyphens=False, break_long_words=False)
-             for note in report["notes"]]
-    compared = [[entry["title"], _points(entry["best"]), str(entry["best"]["n"]),
-                 entry["best"]["verdict"]] for entry in report["comparisons"]]
-    blocks = [_aligned([[line[place] for place in shown] for line in lines]), "\n".join(notes)]
-    if compared:
-        blocks.append(_aligned([["points of test accuracy", "[95 %]", "n", "verdict"], *compared]))
-    return "\n\n".join(blocks)
+BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
+          "commands": render.markdown_commands, "bench": render.markdown_bench}
 
 
 # ---------------------------------------------------------------- commands
 
 def write(flags):
     """`report.py`: print the table, write report.md, report.json, comparison.png."""
-    report, runs = build(flags.recipe, flags.results_dir)
+    report, runs, pooled = build(flags.recipe, flags.results_dir)
     folder = Path(flags.results_dir) / flags.recipe
     write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_whole(folder / "report.md", markdown(report).encode())
+    write_whole(folder / "report.md", render.markdown(report).encode())
     picture = folder / "comparison.png"
     draw_comparison(report["rows"], runs, picture, flags.recipe, report["chance"])
-    print(f"{terminal(report)}\n\nreport   {folder / 'report.md'}\npicture  {picture}")
+    if pooled:
+        draw_details({label(key): (calibration(*pooled[key])[1], confusion(*pooled[key]))
+                      for key in DETAILED if key in pooled}, folder / "details.png")
+    print(f"{render.terminal(report)}\n\nreport   {folder / 'report.md'}\npicture  {picture}")
     return report
 
 
@@ -277,10 +156,10 @@ def publish(flags):
     source = Path(flags.results_dir) / flags.recipe
     target = Path(flags.results_dir) / "published" / flags.recipe
     names = sorted({name for row in report["rows"] for name in row["runs"]})
-    for file in ("report.md", "report.json", "comparison.png",
+    for file in ("report.md", "report.json", "comparison.png", "details.png",
                  *(f"{name}/{file}" for name in names for file in PUBLISHED)):
         small = (source / file).exists() and (source / file).stat().st_size < MOST_BYTES
-        if small or not file.endswith("curves.png"):
+        if small or not file.endswith(("curves.png", "details.png")):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, target / file)
     print(f"published in {target}")
@@ -334,9 +213,17 @@ def sweep(args):
 
 def page(args):
     """`report.py html`: all that a results folder holds in one file."""
-    import page as one_file  # which imports this one
-
-    return one_file.write(args.results_dir)
+    root = Path(args.results_dir)
+    reports = [build(path.name, root)[0] for path in sorted(root.glob("*"))
+               if path.name in RECIPES and any(path.glob("*/final.json"))]
+    sweeps = [path.parent for path in sorted(root.glob("sweeps/*/sweep.md"))]
+    if not reports and not sweeps:
+        fail(f"no finished run below {root}: make all trains those of the digits")
+    text = render.html_page(root, reports, sweeps)
+    write_whole(root / "report.html", text.encode())
+    print(f"page     {root / 'report.html'}, {len(text) / 1e6:.1f} MB")
+    return {"page": str(root / "report.html"), "recipes": [found["recipe"] for found in reports],
+            "sweeps": [path.name for path in sweeps]}
 
 
 COMMANDS = {"report": write, "publish": publish, "readme": readme, "sweep": sweep, "html": page}

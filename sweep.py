@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+import compare
 import runs
 from flags import RECIPES, fail, say
 from look import OTHER_COLOURS, OTHER_LINES, TEXT
@@ -115,7 +116,7 @@ def summary(names, values, finals):
         parameters=next(iter(finals.values()))["parameters"])
     for figure in FIGURES:
         known = [final[figure] for final in finals.values()]
-        row[figure] = None if None in known else runs.interval(known)
+        row[figure] = None if None in known else compare.interval(known)
     return row
 
 

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import common  # noqa: E402
+import compare  # noqa: E402
 import data  # noqa: E402
 import distill  # noqa: E402
 import models  # noqa: E402
@@ -312,7 +313,7 @@ def bench_precision(folder, results, seeds=20):
             with contextlib.redirect_stdout(io.StringIO()):
                 found.append(train_student.main([str(w) for w in words])["test_accuracy"])
         differences.append(100 * (found[0] - found[1]))
-    mean, low, high = runs.interval(differences)
+    mean, low, high = compare.interval(differences)
     return [row(f"accuracy, bf16 − float32, digits, {seeds} seeds: far end of the 95 % interval, "
                 "points", max(abs(low), abs(high)), "≤ 1", mean=mean, low=low, high=high)]
 

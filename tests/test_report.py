@@ -3,17 +3,21 @@ its files.
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from fake_runs import SIX, make_run, make_six
 from PIL import Image
 
+import compare
 import look
+import render
 import report
-import runs
 
 HOUSE = Path(report.__file__).parent
 
@@ -48,13 +52,13 @@ def refused(capsys, *words, code=2):
 
 def test_interval_against_the_printed_table_of_student():
     # t(0.975, 2) = 4.302653; differences 3, 4, 2: mean 3, deviation 1, half width t / sqrt(3).
-    centre, low, high = runs.interval([3.0, 4.0, 2.0])
+    centre, low, high = compare.interval([3.0, 4.0, 2.0])
     assert centre == 3
     assert low == pytest.approx(3 - 4.302653 / 3**0.5, abs=1e-5)
     assert high == pytest.approx(3 + 4.302653 / 3**0.5, abs=1e-5)
     # t(0.975, 4) = 2.776445; deviation of 1..5 is sqrt(2.5)
-    assert runs.interval([1, 2, 3, 4, 5])[1] == pytest.approx(3 - 2.776445 * 0.5**0.5, abs=1e-5)
-    assert runs.interval([3.0]) == (3, None, None)
+    assert compare.interval([1, 2, 3, 4, 5])[1] == pytest.approx(3 - 2.776445 * 0.5**0.5, abs=1e-5)
+    assert compare.interval([3.0]) == (3, None, None)
 
 
 @pytest.mark.parametrize("low, high, learned, said", [
@@ -62,7 +66,7 @@ def test_interval_against_the_printed_table_of_student():
     (0, 1, True, "cannot tell"), (None, None, True, "cannot tell"),
     (0.1, 2, False, "no conclusion"), (None, None, False, "no conclusion")])
 def test_verdict(low, high, learned, said):
-    assert runs.verdict(low, high, learned) == said
+    assert compare.verdict(low, high, learned) == said
 
 
 def test_three_seeds_by_hand(tmp_path):
@@ -126,10 +130,10 @@ def test_one_seed_cannot_tell(tmp_path):
     result = numbers(tmp_path)
     assert {entry["best"]["verdict"] for entry in result["comparisons"]} == {"cannot tell"}
     assert rows_of(result)["kd"]["test_accuracy"]["sd"] is None
-    lines = report.terminal(result).splitlines()
+    lines = render.terminal(result).splitlines()
     assert lines[3] == "kd                     1  45.7 k  3.2 M       6  74.00   73.00   30 %   42"
     assert "kd - student alone               +3.00 [one seed: no interval]  1  cannot tell" in lines
-    assert "±" not in report.markdown(result)
+    assert "±" not in render.markdown(result)
 
 
 # ---- doubtful and missing runs ----------------------------------------------------------------
@@ -144,7 +148,7 @@ def test_no_conclusion_from_what_did_not_learn(tmp_path):
                     "kd-only - student alone": "no conclusion",
                     "student alone - teacher": "no conclusion"}
     assert all(row["gap"] is None for row in result["rows"])
-    out = report.terminal(result)
+    out = render.terminal(result)
     assert "student alone (!)" in out and "(!) No conclusion from student-s1:" in out
     assert "No gap is shown: the student alone did not learn." in out
     assert "64.00" not in out  # kd's lead over it is not worth printing
@@ -174,7 +178,7 @@ def test_what_is_missing_is_named_with_its_command(tmp_path):
     for script in ("train_teacher.py", "train_student.py"):
         assert (f"`python {script} --recipe digits --dataset folder --data-dir 'data/my pictures' "
                 f"--seed 3 --results-dir {tmp_path}`") in notes
-    assert result["comparisons"] == [] and "points" not in report.terminal(result)
+    assert result["comparisons"] == [] and "points" not in render.terminal(result)
 
 
 def test_a_command_says_no_more_than_it_must(tmp_path, monkeypatch):
@@ -277,7 +281,7 @@ def test_pictures(tmp_path):
     make_run(tmp_path, "kd-ema-s0", 0, 10, 10, learned=False, epochs=1)
     run("--results-dir", tmp_path)
     assert size_of(folder / "comparison.png")[0] > 1000
-    history = runs.read_runs(folder)[0][0]["history"]
+    history = compare.read_runs(folder)[0][0]["history"]
     history[0]["val_loss"] = None  # as before the first validation, and where there is none
     look.draw_curves(history, tmp_path / "curves.png", "teacher-s0", chance=0.1)
     wide, high = size_of(tmp_path / "curves.png")
@@ -288,7 +292,7 @@ def test_pictures(tmp_path):
 
 
 def test_lines_of_a_picture_can_be_told_apart():
-    styles = [look.style(key, 0) for key in runs.ROWS]
+    styles = [look.style(key, 0) for key in compare.ROWS]
     styles += [look.style("another", number) for number in range(10)]
     assert len({str(style) for style in styles}) == len(styles)
 
@@ -405,3 +409,64 @@ def test_broken_files_are_named(tmp_path, capsys, file, edit, told):
     line = refused(capsys, "--results-dir", tmp_path)
     assert str(folder / file) in line and told in line
     assert f"train this run again with --overwrite, or remove {folder}" in line
+
+
+# ---- beside accuracy --------------------------------------------------------------------------
+
+def outputs(folder, logits, labels):
+    np.savez_compressed(folder / "test.npz", logits=np.float32(logits), labels=np.int64(labels))
+
+
+def test_calibration_by_hand():
+    """Two bins: sure by 0.9 and right in 3 of 4, sure by 0.6 and right in 1 of 2."""
+    def logits(p, said):
+        other = math.log((1 - p) / p)
+        return [0.0, other] if said == 0 else [other, 0.0]
+
+    rows = [logits(0.9, 0)] * 3 + [logits(0.9, 1)] + [logits(0.6, 0), logits(0.6, 1)]
+    labels = np.array([0, 0, 0, 0, 0, 0])
+    error, bins = compare.calibration(np.array(rows), labels)
+    assert error == pytest.approx((4 * abs(0.75 - 0.9) + 2 * abs(0.5 - 0.6)) / 6)
+    assert [count for _, _, count in bins] == [2, 4]
+    assert bins[1][0] == pytest.approx(0.9) and bins[1][1] == 0.75
+    np.testing.assert_array_equal(compare.confusion(np.array(rows), labels), [[4, 2], [0, 0]])
+    sure = compare.calibration(np.array([[800.0, -800.0]]), np.array([0]))
+    assert sure[0] == 0 and sure[1] == [(1.0, 1.0, 1)]
+
+
+def test_agreement_and_divergence_against_torch():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 50, 7)) * 4
+    same, divergence = compare.against(student, teacher)
+    log = [torch.log_softmax(torch.from_numpy(x), 1) for x in (student, teacher)]
+    assert divergence == pytest.approx(torch.nn.functional.kl_div(
+        log[0], log[1], log_target=True, reduction="batchmean").item())
+    assert same == (student.argmax(1) == teacher.argmax(1)).mean()
+    assert compare.against(teacher, teacher) == (1.0, 0.0)
+
+
+def test_what_accuracy_does_not_say_is_in_the_report(tmp_path):
+    folder = make_six(tmp_path, 2, only=("teacher", "student", "kd"))
+    labels = np.arange(8) % 2
+    for seed in (0, 1):
+        right = np.where(labels[:, None] == [0, 1], 3.0, 0.0)
+        outputs(folder / f"teacher-s{seed}", right, labels)
+        outputs(folder / f"kd-s{seed}", right if seed else right[:, ::-1], labels)
+    result = numbers(tmp_path)
+    rows = rows_of(result)
+    assert rows["student"]["beside"] == {}              # an older run, that kept no outputs
+    assert rows["kd"]["beside"]["agreement"]["values"] == [0.0, 1.0]
+    sure = 1 / (1 + math.exp(-3))
+    assert rows["kd"]["beside"]["calibration"]["values"] == pytest.approx([sure, 1 - sure])
+    assert rows["teacher"]["beside"]["classes"] == [1.0, 1.0]
+    assert rows["kd"]["beside"]["classes"] == [0.5, 0.5]
+    text = render.markdown(result)
+    assert "## Beside accuracy" in text and "| kd | " in text.split("## Beside accuracy")[1]
+    report.main(["--results-dir", str(tmp_path)])
+    assert (folder / "details.png").stat().st_size > 5000
+
+
+def test_damaged_outputs_are_named(tmp_path, capsys):
+    folder = make_six(tmp_path, only=("teacher",))
+    (folder / "teacher-s0" / "test.npz").write_bytes(b"PK\x03\x04 cut")
+    assert "teacher-s0/test.npz" in refused(capsys, "--results-dir", str(tmp_path))

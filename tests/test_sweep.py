@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import tiny
 
+import compare
 import look
 import report
 import runs
@@ -32,7 +33,7 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
     for row in found["rows"]:
         mine = [float(line["test_accuracy"]) for line in lines
                 if (line["alpha"], line["temperature"]) == (row["alpha"], row["temperature"])]
-        assert row["test_accuracy"] == runs.interval(mine) and row["seeds"] == [0, 1]
+        assert row["test_accuracy"] == compare.interval(mine) and row["seeds"] == [0, 1]
         config = folder / "digits" / f"alpha={row['alpha']},temperature={row['temperature']}-s1"
         config = runs.read_json(config / "config.json")
         assert (config["alpha"], config["temperature"], config["seed"]) == (

@@ -1,0 +1,322 @@
+"""Finished runs, read back: rows of a table, paired comparisons with intervals, and what accuracy
+does not say. No command of its own, and no torch.
+"""
+import csv
+import json
+import zipfile
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+
+from flags import fail
+from runs import METRICS
+
+# ---- rows of a table --------------------------------------------------------------------------
+
+# Rows in the order of a table: run name without its seed -> (label, what it is). Any other run gets
+# a row of its own; a run that kept an average of its weights gets a second one, "<run>/average",
+# and with BatchNorm a third, "<run>/recomputed": the average, its statistics measured anew.
+ROWS = {
+    "teacher": ("teacher", "the large network, trained on the labels"),
+    "student": ("student alone", "the small network, trained on the labels"),
+    "kd": ("kd", "the student, trained on the teacher's outputs and the labels"),
+    "kd-only": ("kd-only", "the student, trained on the teacher's outputs alone"),
+    "kd-ema": ("kd-ema", "kd, with the student's own moving average (EMA) as its teacher"),
+    "mean-teacher": ("mean teacher, student", "kept consistent with its own moving average"),
+    "mean-teacher/average": ("mean teacher, average", "that moving average"),
+    "mean-teacher/recomputed": (
+        "mean teacher, recomputed", "that average, BatchNorm's statistics measured anew"),
+    "mean-teacher-no-ema": ("mean teacher, no EMA", "kept consistent with itself"),
+}
+NUMBERS = ("seed", "parameters", "macs", "epochs", "seconds", "val_accuracy", "test_accuracy",
+           "last_test_accuracy", "ema_val_accuracy", "ema_test_accuracy")
+NULLABLE = ("val_accuracy", "ema_val_accuracy", "ema_test_accuracy")
+AVERAGES = {"average": "ema_", "recomputed": "recomputed_"}     # row of a run -> its keys in final
+COMPARISONS = {  # title -> (row, minus this row, the question that the difference answers)
+    "kd - student alone": ("kd", "student", "does the teacher help?"),
+    "kd-only - student alone": ("kd-only", "student", "does the teacher help, without labels?"),
+    "kd-only - kd": ("kd-only", "kd", "does it help to leave the labels out?"),
+    "kd, average - kd": ("kd/average", "kd", "is the average better than its student?"),
+    "kd-ema - student alone": ("kd-ema", "student", "does its own EMA help as a teacher?"),
+    "mean teacher, student - alone": (
+        "mean-teacher", "student", "does consistency with the EMA help?"),
+    "mean teacher, average - alone": (
+        "mean-teacher/average", "student", "does it help, where the average is used?"),
+    "mean teacher, student - no EMA": (
+        "mean-teacher", "mean-teacher-no-ema", "does the EMA teacher help its student?"),
+    "mean teacher, average - no EMA": (
+        "mean-teacher/average", "mean-teacher-no-ema", "does EMA help, where its average is used?"),
+    "mean teacher, average - teacher": (
+        "mean-teacher/average", "teacher", "does it help a network of the teacher's size?"),
+    "average - its student": (
+        "mean-teacher/average", "mean-teacher", "is the average better than its student?"),
+    "student alone - teacher": ("student", "teacher", "is the small network better?"),
+}
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+def read_runs(folder):
+    """Runs below a recipe's folder: (the finished ones, the names of the unfinished ones).
+
+    A run is {"name", "config", "final", "history" (rows of metrics.csv, floats or None)}. A file
+    that is missing, cut short or lacks a key: one line naming it, exit code 2.
+    """
+    folders = sorted(path for path in Path(folder).glob("*")
+                     if path.is_dir() and not path.name.startswith("."))
+    finished = [path for path in folders if (path / "final.json").exists()]
+    return ([_read_run(path) for path in finished],
+            [path.name for path in folders if path not in finished])
+
+
+def _read_run(folder):
+    way_out = f"train this run again with --overwrite, or remove {folder}"
+    try:
+        path = folder / "config.json"
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        path = folder / "final.json"
+        final = dict(json.loads(path.read_text(encoding="utf-8")))
+        path = folder / "metrics.csv"
+        with open(path, newline="", encoding="utf-8") as file:
+            history = [{key: float(row[key]) if row[key] != "" else None for key in METRICS}
+                       for row in csv.DictReader(file)]
+    except KeyError as error:
+        fail(f"{path}: lacks the column {error}; {way_out}")
+    except (OSError, TypeError, ValueError) as error:
+        fail(f"{path}: missing or cut short ({error}); {way_out}")
+    for key in (*NUMBERS, "learned", "device", "precision", "torch"):
+        if key not in final:
+            fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
+        if not _plausible(key, final[key]):
+            fail(f"{folder / 'final.json'}: {key} cannot be {final[key]!r}; {way_out}")
+    if [row["epoch"] for row in history] != list(range(1, final["epochs"] + 1)):
+        fail(f"{folder / 'metrics.csv'}: not its {final['epochs']} epochs; {way_out}")
+    return {"name": folder.name, "config": config, "final": final, "history": history}
+
+
+def _plausible(key, value):
+    if value is None:
+        return key in NULLABLE
+    if key not in NUMBERS:
+        return isinstance(value, bool if key == "learned" else str)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and (not key.endswith("accuracy") or 0 <= value <= 1)
+
+
+def group_runs(runs):
+    """Run name without its seed -> {seed: run}, in the order of a table.
+
+    "kd-s0" is a seed of kd. A run called "kd" by --run may be anything: it gets a row of its own.
+    """
+    groups = {}
+    families = {*ROWS, *(name for name, seed in map(_family, runs) if seed is not None)}
+    for run in runs:
+        name, seed = _family(run)
+        key = f"run {name}" if seed is None and name in families else name
+        groups.setdefault(key, {})[run["final"]["seed"]] = run
+    order = [key for key in ROWS if key in groups] + sorted(set(groups) - set(ROWS))
+    return {key: dict(sorted(groups[key].items())) for key in order}
+
+
+def _family(run):
+    seed = run["final"]["seed"]
+    name = run["name"].removesuffix(f"-s{seed}")
+    return name, None if name == run["name"] else seed
+
+
+def label(key):
+    """What a row is called: ROWS, else the run's own name."""
+    name, _, average = key.partition("/")
+    default = f"{label(name)}, {average}" if average else name
+    return ROWS.get(key, (default,))[0]
+
+
+def make_rows(groups):
+    """Row key -> row; a figure is {"values" (one a seed), "mean", "sd"}, accuracies from 0 to 1."""
+    rows = {}
+    for group, members in groups.items():
+        for name, prefix in {"": "", **AVERAGES}.items():
+            key = f"{group}/{name}" if name else group
+            runs = {seed: run for seed, run in members.items()
+                    if run["final"].get(prefix + "test_accuracy") is not None}
+            finals = [run["final"] for run in runs.values()]
+            if finals:
+                rows[key] = {
+                    "key": key, "label": label(key), "prefix": prefix, "seeds": list(runs),
+                    "runs": [run["name"] for run in runs.values()],
+                    "learned": all(final["learned"] for final in finals),
+                    **{name: _figure([final[name] for final in finals])
+                       for name in ("parameters", "macs", "epochs", "seconds")},
+                    **{name: _figure([final.get(prefix + name) for final in finals])
+                       for name in ("val_accuracy", "test_accuracy", "last_test_accuracy")}}
+    return rows
+
+
+def _figure(values):
+    known = None not in values
+    return {"values": values, "mean": mean(values) if known else None,
+            "sd": stdev(values) if known and len(values) > 1 else None}
+
+
+def add_beside(rows, folder):
+    """Set row["beside"]: figures from the outputs on the test split, where the runs kept them: the
+    calibration error, and against the teacher of the same seed agreement and KL. Return the pooled
+    outputs of each row as {key: (logits, labels)}."""
+    pooled, teachers = {}, {}
+    for key, row in rows.items():
+        row["beside"] = {}
+        found = [read_outputs(folder / name) for name in row["runs"]]
+        if row["prefix"] or None in found:      # kept for the network, not for its average
+            continue
+        if key == "teacher":
+            teachers = dict(zip(row["seeds"], found, strict=True))
+        row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
+        known = [(one[0], teachers[seed][0]) for seed, one in zip(row["seeds"], found, strict=True)
+                 if seed in teachers and len(teachers[seed][0]) == len(one[0])]
+        if known and key != "teacher":
+            for name, values in zip(("agreement", "divergence"),
+                                    zip(*(against(*pair) for pair in known), strict=True),
+                                    strict=True):
+                row["beside"][name] = _figure(list(values))
+        classes = [np.diag(counts) / counts.sum(1).clip(1)
+                   for counts in (confusion(*one) for one in found)]
+        row["beside"]["classes"] = np.mean(classes, 0).tolist()
+        pooled[key] = tuple(np.concatenate(part) for part in zip(*found, strict=True))
+    return pooled
+
+
+def read_outputs(folder):
+    """Return (logits, labels) on the test split, or None where the run kept none."""
+    try:
+        with np.load(folder / "test.npz") as file:
+            return file["logits"], file["labels"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        fail(f"{folder / 'test.npz'}: cut short or damaged ({error}); train this run again with "
+             "--overwrite, or remove that file")
+
+
+# ---- comparing --------------------------------------------------------------------------------
+
+def interval(differences):
+    """Mean of paired differences and its 95 % interval by Student's t: (mean, low, high).
+
+    One difference has no interval: low and high are then None.
+    """
+    n, centre = len(differences), mean(differences)
+    if n < 2:
+        return centre, None, None
+    from scipy.stats import t as student_t  # slow to import, and training has no use for it
+
+    half = float(student_t.ppf(0.975, n - 1)) * stdev(differences) / n**0.5
+    return centre, centre - half, centre + half
+
+
+def verdict(low, high, learned=True):
+    """helps, hurts, cannot tell (no interval, or it holds 0), or no conclusion (not learned)."""
+    if not learned:
+        return "no conclusion"
+    if low is None or low <= 0 <= high:
+        return "cannot tell"
+    return "helps" if low > 0 else "hurts"
+
+
+def by_seed(row, name):
+    """One figure of a row as {seed: value}."""
+    return dict(zip(row["seeds"], row[name]["values"], strict=True))
+
+
+def compare(rows):
+    """COMPARISONS of the rows that are there, paired by seed, in points (100 x accuracy); none of
+    two networks that differ in more than their training, but for student and teacher."""
+    found = []
+    for title, (a, b, question) in COMPARISONS.items():
+        if a in rows and b in rows and ((a, b) == ("student", "teacher") or (
+                rows[a]["parameters"]["mean"] == rows[b]["parameters"]["mean"])):
+            learned = rows[a]["learned"] and rows[b]["learned"]
+            found.append({"title": title, "question": question, "a": a, "b": b,
+                          "best": _difference(rows[a], rows[b], "test_accuracy", learned),
+                          "last": _difference(rows[a], rows[b], "last_test_accuracy", learned)})
+    return found
+
+
+def _difference(a, b, name, learned):
+    ours, theirs = by_seed(a, name), by_seed(b, name)
+    seeds = [seed for seed in ours if seed in theirs]
+    entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
+    if not seeds:
+        return {**entry, "verdict": "no shared seed"}
+    if any(ours[seed] is None or theirs[seed] is None for seed in seeds):
+        return {**entry, "verdict": "not recorded"}
+    centre, low, high = interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])
+    return {**entry, "mean": centre, "low": low, "high": high,
+            "verdict": verdict(low, high, learned)}
+
+
+def add_gaps(rows):
+    """Set row["gap"] = (x - alone) / (teacher - alone), or None; returns why all are None.
+
+    x and the student alone are averaged over the seeds that both have; the teacher over these
+    where it has any of them, else (one teacher for all students) over its own.
+    """
+    for row in rows.values():
+        row["gap"] = None
+    for key in ("teacher", "student"):
+        if key not in rows:
+            return f"the {label(key)} is missing"
+        if not rows[key]["learned"]:
+            return f"the {label(key)} did not learn"
+    teacher, alone = (by_seed(rows[key], "test_accuracy") for key in ("teacher", "student"))
+    if mean(teacher.values()) <= mean(alone.values()):
+        return "the teacher is not above the student alone"
+    for row in rows.values():
+        own = by_seed(row, "test_accuracy")
+        seeds = [seed for seed in own if seed in alone]
+        taught = [seed for seed in seeds if seed in teacher] or list(teacher)
+        if seeds and row["learned"]:
+            base = mean(alone[seed] for seed in seeds)
+            whole = mean(teacher[seed] for seed in taught) - base
+            row["gap"] = (mean(own[seed] for seed in seeds) - base) / whole if whole > 0 else None
+    return None
+
+
+# ---- beside accuracy --------------------------------------------------------------------------
+
+BINS = 15       # of confidence, as Guo et al. 2017 have it
+
+
+def log_softmax(logits):
+    """Return log-probabilities of logits, (N, C), in float64."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def calibration(logits, labels):
+    """Return (error, bins): the expected calibration error, from 0 to 1, and of each bin of
+    confidence that holds any rows (mean confidence, accuracy, rows). Guo et al. 2017,
+    arXiv 1706.04599, section 2: the mean of |accuracy − confidence|, weighted by rows."""
+    confidence = np.exp(log_softmax(logits).max(1))
+    right = logits.argmax(1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    found = [(confidence[bins == b].mean(), right[bins == b].mean(), int((bins == b).sum()))
+             for b in np.unique(bins)]
+    error = sum(rows * abs(share - sure) for sure, share, rows in found) / len(labels)
+    return float(error), [(float(sure), float(share), rows) for sure, share, rows in found]
+
+
+def confusion(logits, labels):
+    """Return counts, (C, C): row the true class, column the class that was said."""
+    classes = logits.shape[1]
+    return np.bincount(labels * classes + logits.argmax(1), minlength=classes ** 2).reshape(
+        classes, classes)
+
+
+def against(student, teacher):
+    """Return (share of rows where both say the same class, mean KL(teacher ‖ student)), of logits
+    (N, C) of the same rows."""
+    p, q = log_softmax(teacher), log_softmax(student)
+    return (float((student.argmax(1) == teacher.argmax(1)).mean()),
+            float((np.exp(p) * (p - q)).sum(1).mean()))

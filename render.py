@@ -1,0 +1,248 @@
+"""A report in words: Markdown, the terminal, one HTML file. Reports come from report.build."""
+import base64
+import html
+import textwrap
+
+from compare import ROWS, label
+
+COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
+    "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
+    "validation %": "val %", "test %": "test %", "test %, last epoch": None, "gap": "gap",
+    "seconds": "sec",
+}
+COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict",
+            "last epoch: points [95 %]", "verdict")
+BESIDE = ("run", "calibration error %", "agreement with teacher %", "KL to teacher",
+          "worst class %", "best class %")
+COMMAND_OF = {
+    "teacher": "train_teacher.py", "student": "train_student.py",
+    "kd": "distill.py --objective kd", "kd-only": "distill.py --objective kd-only",
+    "kd-ema": "distill.py --objective kd --teacher ema",
+    "mean-teacher": "distill.py --objective consistency",
+    "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
+}
+MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
+
+
+# ---- cells and tables -------------------------------------------------------------------------
+
+def _percent(figure):
+    if figure["mean"] is None:
+        return "-"
+    spread = "" if figure["sd"] is None else f" ±{100 * figure['sd']:.2f}"
+    return f"{100 * figure['mean']:.2f}{spread}"
+
+
+def _count(figure):
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if figure["mean"] >= size:
+            return f"{figure['mean'] / size:.3g} {unit}"
+    return f"{figure['mean']:.0f}"
+
+
+def _points(entry):
+    """A difference in words: "+1.20 [+0.31, +2.09]"; none that begs for a conclusion."""
+    if entry["mean"] is None or entry["verdict"] == "no conclusion":
+        return "-"
+    bounds = "one seed: no interval" if entry["low"] is None else (
+        f"{entry['low']:+.2f}, {entry['high']:+.2f}")
+    return f"{entry['mean']:+.2f} [{bounds}]"
+
+
+def _cells(row):
+    """What a table shows of a row, in the order of COLUMNS."""
+    return [row["label"] + ("" if row["learned"] else f" {MARK}"), str(len(row["seeds"])),
+            _count(row["parameters"]), _count(row["macs"]), f"{row['epochs']['mean']:g}",
+            _percent(row["val_accuracy"]), _percent(row["test_accuracy"]),
+            _percent(row["last_test_accuracy"]),
+            "-" if row["gap"] is None else f"{100 * row['gap']:.0f} %",
+            f"{row['seconds']['mean']:.{0 if row['seconds']['mean'] >= 10 else 1}f}"]
+
+
+def _pipes(header, lines):
+    """A Markdown table; first column to the left, the others to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+                     for line in lines)
+
+
+def _aligned(lines, width=80):
+    """A table for the terminal: columns as narrow as they can be, names cut to fit the width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    space = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    widths[0] = min(widths[0], width - sum(widths[1:]) - space * (len(widths) - 1))
+    return "\n".join((" " * space).join(
+        [line[0][:widths[0]].ljust(widths[0])]
+        + [cell.rjust(wide) for cell, wide in zip(line[1:], widths[1:], strict=True)])
+        for line in lines)
+
+
+def markdown_table(report):
+    """The rows of a report as Markdown, with settings and notes; also what the README shows."""
+    table = _pipes(COLUMNS, map(_cells, report["rows"]))
+    return table + "\n\n" + "<br>\n".join(report["notes"])
+
+
+def markdown_comparisons(report):
+    """The comparisons of a report as Markdown."""
+    return _pipes(COMPARED, [
+        [entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
+         entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
+        for entry in report["comparisons"]])
+
+
+def markdown_beside(report):
+    """What accuracy does not say, as Markdown; "" where no run kept its outputs."""
+    rows = [row for row in report["rows"] if row.get("beside")]
+    lines = [[row["label"], _percent(row["beside"]["calibration"]),
+              *((_percent(row["beside"]["agreement"]), f"{row['beside']['divergence']['mean']:.3f}")
+                if "agreement" in row["beside"] else "--"),
+              f"{100 * min(row['beside']['classes']):.2f}",
+              f"{100 * max(row['beside']['classes']):.2f}"] for row in rows]
+    return _pipes(BESIDE, lines) if lines else ""
+
+
+def markdown_commands(report):
+    """The command of each run with the accuracy and the time to expect, as Markdown."""
+    recipe = "" if report["recipe"] == "digits" else report["recipe"]
+    lines = []
+    for row in report["rows"]:
+        if row["key"] in COMMAND_OF:
+            words = COMMAND_OF[row["key"]] + (f" --recipe {recipe}" if recipe else "")
+            target = f"make {row['key']}" + (f" RECIPE={recipe}" if recipe else "")
+            lines.append([f"`python {words}`", f"`{target}`", _percent(row["test_accuracy"]),
+                          f"{row['seconds']['mean']:.0f}"])
+    return _pipes(("command", "or", "test %", "seconds"), lines)
+
+
+def markdown_bench(found):
+    """published/bench.json as Markdown: what, goal, and a column for each kind of device."""
+    kinds = {"cpu": "CPU", "cuda": "GPU"}
+    lines, machines = {}, []
+    for kind in kinds:
+        for name, part in found.get(kind, {}).items():
+            for row in part["rows"]:
+                value = f"{row['ratio']:.3g}" + ("" if row["met"] else " (missed)")
+                lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
+        made = [part["machine"] for part in found.get(kind, {}).values()]
+        machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
+                            f"{m['precision']}, torch {m['torch']}" for m in made})
+    table = _pipes(("what", "goal", *kinds.values()), [
+        [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
+        for (_, title, goal), values in lines.items()])
+    return table + "\n\n" + "<br>\n".join(machines)
+
+
+def markdown(report):
+    """report.md."""
+    keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]
+    return "\n\n".join([
+        f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
+        "## Comparisons", markdown_comparisons(report),
+        "Points of test accuracy, paired by seed, with the 95 % interval of Student's t. Where it "
+        "holds 0, and with one seed, the runs cannot tell.",
+        *(["## Beside accuracy", markdown_beside(report), "![calibration and confusion]"
+           "(details.png)", "Calibration error: how far the confidence is from the share that is "
+           "right, over 15 bins (Guo et al. 2017). Agreement: the share of test images where "
+           "student and teacher say the same class; KL: from the teacher's softmax to the "
+           "student's, mean over test."] if markdown_beside(report) else []),
+        "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
+
+
+def terminal(report):
+    """What is printed: 80 columns, plain text."""
+    shown = [place for place, short in enumerate(COLUMNS.values()) if short]
+    lines = [list(COLUMNS.values()), *map(_cells, report["rows"])]
+    notes = [textwrap.fill(note, 80, break_on_hyphens=False, break_long_words=False)
+             for note in report["notes"]]
+    compared = [[entry["title"], _points(entry["best"]), str(entry["best"]["n"]),
+                 entry["best"]["verdict"]] for entry in report["comparisons"]]
+    blocks = [_aligned([[line[place] for place in shown] for line in lines]), "\n".join(notes)]
+    if compared:
+        blocks.append(_aligned([["points of test accuracy", "[95 %]", "n", "verdict"], *compared]))
+    return "\n\n".join(blocks)
+
+
+# ---- one HTML file ----------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --line: #d5d5d5; --soft: #f4f4f2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --soft: #212121; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper);
+       color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
+nav a { margin-right: 1rem; } a { color: inherit; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+         white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
+td.words { white-space: normal; text-align: left; min-width: 12rem; }
+img { max-width: 100%; height: auto; background: #fff; padding: .3rem; border-radius: 4px; }
+.runs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
+@media print { body { max-width: none; } figure, table, h2, h3 { break-inside: avoid; }
+               details > * { display: block; } }
+"""
+
+
+def table(header, lines, words=()):
+    """Return a table; columns in `words` hold sentences."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(
+        f"<td{' class=words' if header[place] in words else ''}>{html.escape(cell)}</td>"
+        for place, cell in enumerate(line)) + "</tr>" for line in lines)
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+
+
+def picture(path, caption):
+    """Return a picture with its bytes inside, or nothing where there is none."""
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+
+
+def recipe_section(folder, found):
+    """Return the section of one recipe: table, notes, comparisons, pictures of all runs."""
+    compared = [[entry["title"], entry["question"], str(entry["best"]["n"]),
+                 _points(entry["best"]), entry["best"]["verdict"]]
+                for entry in found["comparisons"]]
+    names = sorted(name for row in found["rows"] for name in row["runs"])
+    curves = "".join(picture(folder / name / "curves.png", name) for name in dict.fromkeys(names))
+    parts = [f'<h2 id="{html.escape(folder.name)}">{html.escape(folder.name)}</h2>',
+             table(list(COLUMNS), map(_cells, found["rows"])),
+             '<p class=notes>' + "<br>".join(map(html.escape, found["notes"])) + "</p>"]
+    if compared:
+        parts += ["<h3>Comparisons</h3>",
+                  table(["comparison", "question", "n", "points [95 %]", "verdict"], compared,
+                        words=("question",))]
+    parts += [picture(folder / f"{name}.png", f"{title} of {folder.name}") for name, title in (
+        ("comparison", "all runs"), ("details", "calibration and confusion"))]
+    parts.append(f"<h3>Runs</h3><div class=runs>{curves}</div>" if curves else "")
+    return "\n".join(parts)
+
+
+def sweep_section(folder):
+    """Return the section of one sweep: its table and plot."""
+    lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")]
+             for line in (folder / "sweep.md").read_text(encoding="utf-8").splitlines()
+             if line.startswith("|")]
+    return (f"<h3>{html.escape(folder.name)}</h3>" + table(lines[0], lines[2:])
+            + picture(folder / "sweep.png", f"sweep {folder.name}"))
+
+
+def html_page(root, reports, sweeps):
+    """Return report.html of a results folder: the reports of its recipes, then its sweeps."""
+    names = [found["recipe"] for found in reports] + ["sweeps"] * bool(sweeps)
+    links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
+    body = [recipe_section(root / found["recipe"], found) for found in reports]
+    if sweeps:
+        body += ['<h2 id="sweeps">Sweeps</h2>', *map(sweep_section, sweeps)]
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>Tutor: results</title><style>{STYLE}</style></head><body>"
+            f"<h1>Tutor: results</h1><nav>{links}</nav>" + "\n".join(body) + "</body></html>\n")
