@@ -80,7 +80,7 @@ kd: $(READY)  ## the student from the teacher and the labels
 kd-only: $(READY)  ## the student from the teacher alone
 	$(PYTHON) distill.py --objective kd-only $(SHARED)
 
-kd-ema: $(READY)  ## the student from its own average; not in all
+kd-ema: $(READY)  ## the student from its own average
 	$(PYTHON) distill.py --objective kd --teacher ema $(SHARED)
 
 mean-teacher: $(READY)  ## the student consistent with its own average (EMA)
@@ -107,7 +107,7 @@ SWEEP = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
 GRID  = --recipe $(RECIPE) --results-dir "$(RESULTS)" $(call typed,DATASET,dataset) \
         $(call typed,DATA_DIR,data-dir) $(FLAGS)
 
-teachers: $(READY)
+teachers: $(READY)  ## the teacher of every seed of SEEDS
 	@for seed in $(SEEDS); do \
 	  $(MAKE) --no-print-directory teacher RECIPE=$(RECIPE) SEED=$$seed || exit; done
 
@@ -134,7 +134,7 @@ sweep-views: $(READY) teachers  ## how many views an image has; 0: a fresh one e
 	$(SWEEP) --name views-student --over views=0,1,2,4,8 -- train_student.py $(GRID)
 	$(SWEEP) --name views-kd --over views=0,1,2,4,8 -- distill.py --objective kd $(GRID)
 
-sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, both readings of its columns
+sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
 	$(SWEEP) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
 
 bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
@@ -159,6 +159,7 @@ help:
 	@echo "make TARGET [VARIABLE=value ...]"; echo
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | sed 's/\$$(VENV)/.venv/' | \
 	  awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
+	@echo; echo "Each recipe is a target too, its chain:"; echo "  $(RECIPES)" | fold -s -w 78
 	@echo; echo "Variables (defaults)"
 	@printf '  %-26s %s\n' \
 	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
