@@ -125,7 +125,7 @@ sweep-epochs: $(READY)  ## of the teacher, and what its student makes of it
 sweep-ema: $(READY)  ## decay of the mean teacher
 	$(SWEEP) --over ema-decay=0,0.9,0.97,0.99 -- distill.py --objective consistency $(GRID)
 
-sweep-labels: $(READY)  ## the labels alone, and mean teacher with the rest unlabelled
+sweep-labels: $(READY)  ## labels alone, and mean teacher with the rest unlabelled
 	$(SWEEP) --name labels-student --over labels=$(COUNTS) -- train_student.py $(GRID)
 	$(SWEEP) --name labels-mean-teacher --over labels=$(COUNTS) \
 	  -- distill.py --objective consistency $(GRID)
@@ -159,7 +159,7 @@ help:
 	@echo "make TARGET [VARIABLE=value ...]"; echo
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | sed 's/\$$(VENV)/.venv/' | \
 	  awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
-	@echo; echo "Each recipe is a target too, its chain:"; echo "  $(RECIPES)" | fold -s -w 78
+	@echo; echo "Each recipe is a target too, its chain:"; echo "  $(RECIPES)" | fold -s -w 76 | sed "2,$$s,^,  ,"
 	@echo; echo "Variables (defaults)"
 	@printf '  %-26s %s\n' \
 	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
