@@ -159,7 +159,7 @@ help:
 	@echo "make TARGET [VARIABLE=value ...]"; echo
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1|\2/p' Makefile | sed 's/\$$(VENV)/.venv/' | \
 	  awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
-	@echo; echo "Each recipe is a target too, its chain:"; echo "  $(RECIPES)" | fold -s -w 76
+	@echo; echo "Each recipe is a target too, its chain:"; echo "  $(RECIPES)" | fold -s -w 76 | sed 's,^ *,  ,'
 	@echo; echo "Variables (defaults)"
 	@printf '  %-26s %s\n' \
 	  "RECIPE=$(RECIPE)" "python common.py --recipes lists them" \
