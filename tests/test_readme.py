@@ -40,6 +40,8 @@ def test_every_python_command_runs(easy, chain, tmp_path, monkeypatch, capsys):
         if script in TRAINING:
             words += tiny.words(easy, tmp_path / "results", epochs=1)
             words.append("--resume" if script != "train_teacher" else "--overwrite")
+        if "sweep" in words:
+            words += tiny.words(easy, tmp_path / "results", epochs=1)
         if script == "data":
             words += ["--image-size", "16", "--out", str(tmp_path / "grid.png")]
         result = importlib.import_module(script).main(words)
