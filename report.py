@@ -63,9 +63,11 @@ def build(recipe, results_dir="results"):
     rows = make_rows(groups)
     made = {name: _spread(groups, key) for name, key in SETTINGS.items()}
     config = runs[0]["config"]
-    notes = _notes(groups, rows, made, add_gaps(rows))
+    few = "labels" in RECIPES[recipe]       # recipes of few labels have no teacher
+    no_gap = add_gaps(rows)
+    notes = _notes(groups, rows, made, no_gap, few and "teacher" not in rows)
     pooled = add_beside(rows, folder)
-    for role in ("teacher", "student"):
+    for role in ("student",) if few else ("teacher", "student"):
         if role not in rows:
             notes.append(f"Missing: the {label(role)}. "
                          f"`{_command(role, recipe, results_dir, config)}` makes it.")
@@ -105,7 +107,7 @@ def _spread(groups, key):
     return ", but ".join([common] + [f"{text} ({', '.join(owners[text])})" for text in others])
 
 
-def _notes(groups, rows, made, no_gap):
+def _notes(groups, rows, made, no_gap, silent):
     """The lines under a table: settings, what is doubtful, which epoch counts."""
     doubtful = [run["name"] for members in groups.values() for run in members.values()
                 if not run["final"]["learned"]]
@@ -122,7 +124,7 @@ def _notes(groups, rows, made, no_gap):
          "Without validation images (-) the last epoch counts as the best."),
         (any(len(row["seeds"]) > 1 for row in rows.values()),
          "Figures are mean ± sample standard deviation over n seeds."),
-        (no_gap, f"No gap is shown: {no_gap}."),
+        (no_gap and not silent, f"No gap is shown: {no_gap}."),
         (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy "
                      "(-: not learned, or no seed in common)."))
     return [note for applies, note in notes if applies]
