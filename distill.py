@@ -247,7 +247,8 @@ def consistency_objective(args, teacher):
         logits = model(batch.x)
         labels = class_cost(logits, batch.y, args.class_cost)
         views = consistency_loss(logits, teacher(batch))
-        if silent and args.class_weight < 1:
+        # In a warm start the average is the student: on one view they say the same.
+        if silent and args.class_weight < 1 and batch.epoch > args.warm_start:
             taught(views, logits, silent)
         weight = (1 - args.class_weight) * ramp_up(batch.epoch - args.warm_start, args.ramp_up)
         return args.class_weight * labels + weight * views, logits

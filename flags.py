@@ -198,7 +198,7 @@ def four_numbers(text):
     try:
         p1, p2, strength, share = map(float, text.split(","))
         if min(p1, p2, share) >= 0 and max(p1, p2, share) <= 1 and 0 <= strength < math.inf:
-            return p1, p2, strength, share
+            return (p1, p2, strength, share) if p1 * strength or p2 * share else None
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(
@@ -264,7 +264,7 @@ FLAGS = {
                                      "where --views is above 0 and below --epochs"),
         "noise": dict(type=four_numbers, metavar="P1,P2,RHO1,RHO2",
                       help="with P1 Gaussian noise of RHO1 standard deviations, with P2 a share "
-                           "RHO2 of the pixels erased; off if left out"),
+                           "RHO2 of the pixels erased; 0,0,0,0: off"),
     },
     "transfer": {
         "init-from": dict(metavar="FILE", help="start from the weights of a best.pt that fit"),
@@ -314,7 +314,9 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
         section = parser.add_argument_group(title)
         for flag, spec in specs.items():
             default = defaults.get(flag.replace("-", "_"))
-            shown = "" if default is None or isinstance(default, bool) else f" ({default})"
+            listed = default if isinstance(default, tuple) else (default,)
+            shown = "" if default is None or isinstance(default, bool) else (
+                f" ({','.join(map(str, listed))})")
             if flag in choices and "metavar" not in spec:
                 spec = dict(spec, choices=list(choices[flag]))
             spec = dict(spec, help=spec["help"] + shown)

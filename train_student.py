@@ -101,6 +101,12 @@ def announce(job, what, loss):
         first, steps = common.ema_reached(args.ema_decay), args.epochs * train.steps()
         never = "" if first < steps else f", never: the run has {steps}; lower --ema-decay"
         lines["ema"] = f"decay {args.ema_decay:g}, reached at update {first}{never}"
+    if vars(args).get("noise"):
+        lines["noise"] = ("Gaussian of deviation {2:g} for {0:g} of the images; {3:g} of the "
+                          "pixels erased for {1:g}").format(*args.noise)
+    if vars(args).get("freeze", "none") != "none":
+        until = f"before epoch {args.unfreeze_at}" if args.unfreeze_at else "to the end"
+        lines["frozen"] = f"features, {until}"
     flags.say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
               f"{job.facts['macs']:,} multiply-adds")
     for title, text in lines.items():
@@ -140,6 +146,9 @@ def main(argv=None, role="student", doc=__doc__):
     started = time.perf_counter()
     args = flags.parse(doc, role, CHOICES, argv, ("data", "network", "training", "transfer", "run"))
     known = {}
+    if args.unfreeze_at and args.freeze == "none":
+        flags.fail(f"--unfreeze-at {args.unfreeze_at} with --freeze none: nothing is frozen; give "
+                   "--freeze features, or leave it out")
     if args.init_from:
         weights = models.load(args.init_from)[0].state_dict()
         known["init_sha256"] = models.weights_sha256(weights)
