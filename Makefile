@@ -56,7 +56,9 @@ $(RECIPES): $(READY)
 	@$(MAKE) --no-print-directory all RECIPE=$@
 
 reports: $(READY)  ## the recipes of all five reports, one after the other
-	@for recipe in $(REPORTS); do $(MAKE) --no-print-directory all RECIPE=$$recipe || exit; done
+	@failed=; for recipe in $(REPORTS); do \
+	  $(MAKE) --no-print-directory all RECIPE=$$recipe || failed="$$failed $$recipe"; done; \
+	if [ -n "$$failed" ]; then echo "error: not finished:$$failed" >&2; exit 2; fi
 
 setup: $(READY)  ## only install, into $(VENV)
 

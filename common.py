@@ -32,7 +32,7 @@ from device import (  # noqa: F401
     summed,
     world,
 )
-from flags import RECIPES, Parser, fail, launch, recipes_table, say
+from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say
 
 # ---- seeds ------------------------------------------------------------------------------------
 
@@ -68,9 +68,8 @@ def ema_update_(average, model, decay):
     """
     mine = [*average.parameters(), *average.buffers()]
     theirs = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    floats = [(a, t.to(a.dtype)) for a, t in zip(mine, theirs, strict=True)
-              if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [t for _, t in floats], 1 - decay)
+    both = [(a, t.to(a.dtype)) for a, t in zip(mine, theirs, strict=True) if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in both], [t for _, t in both], 1 - decay)
     for a, t in zip(mine, theirs, strict=True):
         if not a.is_floating_point():
             a.copy_(t)
@@ -303,6 +302,8 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such file")
+    except IsADirectoryError:
+        fail(f"{path}: a folder; give its best.pt")
     except Exception as error:    # torch raises many kinds for damaged or foreign files
         fail(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__})")
 
@@ -310,8 +311,7 @@ def load_checkpoint(path):
 def save_logits(path, logits, labels):
     """Write the best epoch's outputs on the test split, for what accuracy does not say."""
     memory = io.BytesIO()
-    np.savez_compressed(memory, logits=torch.cat(logits).cpu().numpy(),
-                        labels=labels.cpu().numpy())
+    np.savez_compressed(memory, logits=torch.cat(logits).cpu().numpy(), labels=labels.cpu().numpy())
     runs.write_whole(path, memory.getvalue())
 
 
@@ -392,7 +392,7 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--recipes", action="store_true", required=True, help="print the recipes")
     parser.parse_args(argv)
-    print(recipes_table())
+    print(f"{recipes_table()}\n\n{same_in_all()}")
     return RECIPES
 
 

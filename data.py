@@ -314,7 +314,8 @@ def main(argv=None):
            "download": dict(action="store_true", help="fetch the published files, no more")}
     args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)
     if args.download:
-        return download.only(args.dataset, args.data_dir)
+        return download.only(args.dataset, args.data_dir,
+                             readers.tiny_listing if args.dataset == "tinyimagenet" else None)
     splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
                   args.fit, args.normalise)
     facts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}

@@ -99,7 +99,7 @@ def find_teacher(args):
         standard = flags.settings(args.recipe, "teacher")
         typed = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(vars(args)[name]))}"
                         for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction",
-                                     "seed", "results_dir", "device")
+                                     "labels", "seed", "results_dir", "device")
                         if vars(args)[name] != standard[name])
         fail = f"--teacher {path}: {'a folder' if path.is_dir() else 'no such file'}"
         flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
@@ -135,7 +135,7 @@ def frozen_teacher(network, card, job):
     return teacher
 
 
-def report_teacher(teacher, job, path, seen):
+def report_teacher(teacher, card, job, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     val = job.batches[1]
     if not len(val):
@@ -145,9 +145,13 @@ def report_teacher(teacher, job, path, seen):
     module.forward = teacher
     accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
     detail("from", f"{path}: validation accuracy {100 * accuracy:.2f} %")
-    if seen:
+    if card.get("val_fraction", 1) < job.args.val_fraction:
         flags.say("warning: this teacher held out fewer images (--val-fraction); it may have "
                   "learned from some that this run validates on")
+    own, labels = card.get("labels", 0), job.args.labels
+    if labels and (own is None or own > labels):
+        flags.say(f"warning: this teacher learned from {own or 'all'} labels, the student has "
+                  f"{labels}: what it gains may be theirs")
     if accuracy <= common.chance(val.labels):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
@@ -295,6 +299,9 @@ def check(args, path):
     if own and not consistency and not args.ema_decay:
         flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
                    "images, and teach it nothing; give a decay, 0.99 say")
+    if consistency and not args.class_weight:
+        flags.say("warning: --class-weight 0: no label is read, and two views that say the same of "
+                  "every image are all that is asked for")
     if own and consistency and args.augment == "none" and not (args.ema_decay or args.noise):
         flags.fail("--ema-decay 0 with --augment none and no --noise: the two views would be the "
                    "same, and teach nothing; give one of the three")
@@ -333,7 +340,7 @@ def main(argv=None):
     announce(job, f"student, {args.objective}", formula(args))
     before, seconds = time.perf_counter(), None
     if path:
-        report_teacher(teacher, job, path, card.get("val_fraction", 1) < args.val_fraction)
+        report_teacher(teacher, card, job, path)
         if args.cache and not args.dry_run:
             train.pair = False
             outputs = kept_outputs(teacher, card, job, "other view" if consistency else "view")

@@ -82,11 +82,14 @@ def key(name):
     return hashlib.sha256("".join(file.md5 for file in FILES[name]).encode()).hexdigest()[:16]
 
 
-def only(name, data_dir):
-    """--download: look, fetch, check, unpack; return where the files are."""
+def only(name, data_dir, check):
+    """--download: look, fetch, check, unpack; return where the files are. check(folder): of what an
+    archive was unpacked to, a look at whether it is all there."""
     if name not in FILES:
         fail(f"--download: nothing is published for {name}; give --dataset {', '.join(FILES)}")
     root = ensure(name, data_dir)
+    if check:
+        check(root / FOLDERS[name])
     say(f"{name}: all is in {root / FOLDERS.get(name, '')}")
     return {"dataset": name, "root": str(root)}
 
@@ -95,6 +98,9 @@ def ensure(name, data_dir):
     """Return the folder that holds a set's published files: what is missing is downloaded and
     unpacked, and every checksum that was published is checked."""
     root = root_of(name, data_dir)
+    if (root / "train").is_dir() and (root / "test").is_dir() and not ready(name, root):
+        fail(f"{root}: class folders, not the published files of {name}; give --dataset folder, or "
+             "another --data-dir")
     if not ready(name, root):
         with alone(root / ".download"):
             if not ready(name, root):       # another process may have been faster

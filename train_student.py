@@ -2,7 +2,7 @@
 
     python train_student.py                                       the embedded digits, in seconds
     python train_student.py --recipe digits --init xavier --pool avg --epochs 3
-    python train_student.py --recipe cifar10-he-max --data-dir data/cifar10
+    python train_student.py --recipe cifar10-he-max --dataset folder --data-dir data/cifar10
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
 import os
@@ -63,7 +63,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     model = model.to(device, memory_format=torch.channels_last)
     card = dict(schema=runs.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
                 std=splits.std, fit=args.fit, recipe=args.recipe,
-                val_fraction=args.val_fraction)
+                val_fraction=args.val_fraction, labels=args.labels)
 
     def batches(split, size, **options):
         return data.Batches(split, splits.mean, splits.std, size, device, **options)
@@ -150,7 +150,8 @@ def main(argv=None, role="student", doc=__doc__):
         flags.fail(f"--unfreeze-at {args.unfreeze_at} with --freeze none: nothing is frozen; give "
                    "--freeze features, or leave it out")
     if args.init_from:
-        weights = models.load(args.init_from)[0].state_dict()
+        network, init_card = models.load(args.init_from)
+        weights = network.state_dict()
         known["init_sha256"] = models.weights_sha256(weights)
     job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started, **known)
     if job.final:
@@ -158,9 +159,10 @@ def main(argv=None, role="student", doc=__doc__):
     announce(job, f"{role} alone", LOSS.replace("student", role))
     if args.init_from:
         left = models.take_weights_(job.model, weights)
-        if len(left) == len(job.model.state_dict()):
-            flags.fail(f"--init-from {args.init_from}: none of its weights fits this network; give "
-                       "the same --arch")
+        if all(name in left for name, value in job.model.state_dict().items() if value.ndim > 1):
+            flags.fail(f"--init-from {args.init_from}: none of its weights fits this network "
+                       f"({args.arch}; its own is {init_card['build']['arch']}); give the same "
+                       "--arch")
         detail("from", f"{args.init_from}; "
                + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
     average = common.make_average(job.model) if job.args.ema_decay else None

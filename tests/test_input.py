@@ -284,3 +284,55 @@ def test_importing_any_script_does_nothing_but_define(tmp_path):
     found = typed("-c", lines, "--bogus", cwd=tmp_path)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- found by readers -------------------------------------------------------------------------
+
+def test_a_warm_start_without_augmentation_is_no_silent_teacher(easy, tmp_path):
+    """In a warm start the average is the student, and says the same for more than 20 steps."""
+    final = tiny.run(distill, easy, tmp_path, "--objective", "consistency", "--warm-start", 1,
+                     "--augment", "none", "--ema-decay", 0.9, "--batch-size", 4)
+    assert final["epochs"] == 2
+
+
+def test_class_folders_under_a_published_name(easy, tmp_path, capsys):
+    tiny.refused(capsys, data, ["--dataset", "cifar10", "--data-dir", easy], easy,
+                 "--dataset folder")
+    assert not (easy / ".download").exists()
+
+
+def test_an_empty_folder_is_not_a_data_set(tmp_path, capsys):
+    (tmp_path / "tiny-imagenet-200").mkdir()
+    tiny.refused(capsys, data, ["--dataset", "tinyimagenet", "--data-dir", tmp_path, "--download"],
+                 tmp_path / "tiny-imagenet-200", "remove the whole folder")
+
+
+def test_a_teacher_of_more_labels_is_a_warning(easy, results, tmp_path, capsys):
+    few = ("--labels", 40)
+    tiny.run(distill, easy, results, *few)
+    assert "warning: this teacher learned from all labels, the student has 40" in tiny.said(capsys)
+    tiny.run(train_teacher, easy, results, *few, "--overwrite")
+    tiny.run(distill, easy, results, *few, "--overwrite")
+    assert "labels, the student has" not in tiny.said(capsys)
+    tiny.refused(capsys, distill, tiny.words(easy, tmp_path, *few), "--labels 40")
+
+
+@pytest.mark.parametrize("words, parts", [
+    (("--init-from", "{teacher}"), ["none of its weights fits", "digits-teacher"]),
+    (("--init-from", "{folder}"), ["a folder", "best.pt"]),
+    (("--unfreeze-at", 2), ["--unfreeze-at 2", "--freeze features"])])
+def test_weights_to_start_from(easy, chain, tmp_path, capsys, words, parts):
+    folder = chain[0] / "digits" / "teacher-s0"
+    words = [str(word).format(teacher=folder / "best.pt", folder=folder) for word in words]
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, *words), *parts)
+    assert not (tmp_path / "digits").exists()
+
+
+def test_what_is_put_into_the_images_is_announced(easy, tmp_path, capsys):
+    tiny.run(distill, easy, tmp_path, "--objective", "consistency", "--noise", "0.5,0.2,0.3,0.1",
+             "--dry-run")
+    assert "Gaussian of deviation 0.3 for 0.5 of the images; 0.1 of the pixels erased for 0.2" in (
+        tiny.said(capsys))
+    config = distill.main(tiny.words(easy, tmp_path, "--recipe", "tinyimagenet-meanteacher",
+                                     "--noise", "0,0,0,0", "--dry-run"))
+    assert config["noise"] is None
