@@ -45,7 +45,7 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench \
+        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench notebook \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -144,6 +144,9 @@ bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
 
 readme: $(READY)  ## fill the README's tables from results/published
 	$(PYTHON) report.py readme
+
+notebook: $(READY)  ## tutor.ipynb from the sources
+	$(PYTHON) tests/notebook.py
 
 test: $(READY)  ## set up and run the tests
 	$(PYTHON) -m pytest -q
