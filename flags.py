@@ -70,7 +70,8 @@ RECIPES = {
     "cifar10-he-max": dict(
         report="002", dataset="cifar10",
         teacher=dict(arch="cifar10-he-max-teacher"),
-        student=dict(arch="cifar10-he-max-student", lr=2e-3),   # shallow: takes larger steps
+        # It prints Adam, 0.001: 75.32 % for the student alone, one seed; 76.70 % with these.
+        student=dict(arch="cifar10-he-max-student", lr=2e-3),
         consistency=dict(ema_decay=0.99)),
     "cifar10-xavier-avg": dict(                # of its three α the best printed
         report="003", dataset="cifar10", init="xavier", pool="avg", epochs=15,
@@ -86,12 +87,12 @@ RECIPES = {
         student=dict(arch="svhn-xavier-avg-student", epochs=14),
         consistency=dict(ema_decay=0.99)),
     # Few labels, many images: is mean teacher ahead of the labels alone? The network is the small
-    # one of five convs. Epochs of the labels alone are short, so many of them; λ is small, as the
-    # consistency cost is, a mean over the classes.
+    # one of five convs. λ is small, as the consistency cost is, a mean over the classes. Epochs of
+    # the labels alone are short: 590 of 3 steps are the steps of mean teacher's 20 of 88.
     "digits-500-labels": dict(
         augment="crop", labels=500, objective="consistency",
-        teacher=dict(arch="digits-teacher", lr=5e-3, epochs=200),
-        student=dict(arch="digits-teacher", lr=5e-3, epochs=200),
+        teacher=dict(arch="digits-teacher", lr=5e-3, epochs=590),
+        student=dict(arch="digits-teacher", lr=5e-3, epochs=590),
         consistency=dict(ema_decay=0.97, class_weight=0.1, epochs=20)),
     "cifar10-1000-labels": dict(
         dataset="cifar10", labels=1000, objective="consistency",
