@@ -19,7 +19,7 @@ from runs import METRICS
 # and with BatchNorm a third, "<run>/recomputed": the average, its statistics measured anew.
 ROWS = {
     "teacher": ("teacher", "the large network, trained on the labels"),
-    "student": ("student alone", "the small network, trained on the labels"),
+    "student": ("student alone", "the student's network, trained on the labels alone"),
     "kd": ("kd", "the student, trained on the teacher's outputs and the labels"),
     "kd-only": ("kd-only", "the student, trained on the teacher's outputs alone"),
     "kd-ema": ("kd-ema", "kd, with the student's own moving average (EMA) as its teacher"),
@@ -40,7 +40,7 @@ COMPARISONS = {  # title -> (row, minus this row, the question that the differen
     "kd, average - kd": ("kd/average", "kd", "is the average better than its student?"),
     "kd-ema - student alone": ("kd-ema", "student", "does its own EMA help as a teacher?"),
     "mean teacher, student - alone": (
-        "mean-teacher", "student", "does consistency with the EMA help?"),
+        "mean-teacher", "student", "does mean teacher help?"),
     "mean teacher, average - alone": (
         "mean-teacher/average", "student", "does it help, where the average is used?"),
     "mean teacher, student - no EMA": (

@@ -271,7 +271,8 @@ def formula(args):
         share = "" if a == 1 else f"{a:g}·"
         parts = [f"{share}{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
         parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
-    return " + ".join(parts) + ", means over the batch"
+    rows = "; that on the labels over its labelled rows" if args.labels else ""
+    return " + ".join(parts) + f", means over the batch{rows}"
 
 
 def run_name(args, own):
@@ -296,6 +297,9 @@ def check(args, path):
     if not consistency and args.warm_start:
         flags.fail(f"--warm-start {args.warm_start} with --objective {args.objective}: only "
                    "consistency has a warm start; leave it out")
+    if args.warm_start >= args.epochs:
+        flags.fail(f"--warm-start {args.warm_start} of {args.epochs} epochs: the teacher would "
+                   "never teach; give fewer, or more --epochs")
     if own and not consistency and not args.ema_decay:
         flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
                    "images, and teach it nothing; give a decay, 0.99 say")

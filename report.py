@@ -107,6 +107,20 @@ def _spread(groups, key):
     return ", but ".join([common] + [f"{text} ({', '.join(owners[text])})" for text in others])
 
 
+def _told(group, members):
+    """What else defines a row: labels kept, and how its teacher teaches; "" where nothing does."""
+    config = next(iter(members.values()))["config"]
+    words = [f"{config['labels']} labels"] if config.get("labels") else []
+    if config.get("objective") == "consistency":
+        words += [f"λ {config['class_weight']:g}", f"{config['class_cost']} on the labels",
+                  f"ramp-up {config['ramp_up']}"]
+    elif config.get("objective"):
+        words += [f"T {config['temperature']:g}", f"α {config['alpha']:g}"]
+    if config.get("ema_decay"):
+        words.append(f"EMA {config['ema_decay']:g}")
+    return f"{label(group)}: {', '.join(words)}" if words else ""
+
+
 def _notes(groups, rows, made, no_gap, silent):
     """The lines under a table: settings, what is doubtful, which epoch counts."""
     doubtful = [run["name"] for members in groups.values() for run in members.values()
@@ -114,8 +128,10 @@ def _notes(groups, rows, made, no_gap, silent):
     differ = {name: _spread(groups, key) for name, key in MATTERS.items()}
     differ = "; ".join(f"{name} {text}" for name, text in differ.items() if ", but " in text)
     line = "; ".join(f"{name} {text}" for name, text in made.items())
+    told = "; ".join(filter(None, (_told(group, members) for group, members in groups.items())))
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
+        (told, f"{told}."),
         (doubtful, f"{render.MARK} No conclusion from {', '.join(doubtful)}: learned nothing, "
                    "accuracy not above chance."),
         (differ, f"The runs differ in what matters: {differ}."),

@@ -105,7 +105,8 @@ def announce(job, what, loss):
         lines["noise"] = ("Gaussian of deviation {2:g} for {0:g} of the images; {3:g} of the "
                           "pixels erased for {1:g}").format(*args.noise)
     if vars(args).get("freeze", "none") != "none":
-        until = f"before epoch {args.unfreeze_at}" if args.unfreeze_at else "to the end"
+        ends = 1 <= args.unfreeze_at <= args.epochs
+        until = f"before epoch {args.unfreeze_at}" if ends else "to the end"
         lines["frozen"] = f"features, {until}"
     flags.say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
               f"{job.facts['macs']:,} multiply-adds")

@@ -336,3 +336,8 @@ def test_what_is_put_into_the_images_is_announced(easy, tmp_path, capsys):
     config = distill.main(tiny.words(easy, tmp_path, "--recipe", "tinyimagenet-meanteacher",
                                      "--noise", "0,0,0,0", "--dry-run"))
     assert config["noise"] is None
+
+
+def test_a_warm_start_that_never_ends(easy, tmp_path, capsys):
+    tiny.refused(capsys, distill, tiny.words(easy, tmp_path, "--objective", "consistency",
+                                             "--warm-start", 2), "--warm-start 2 of 2 epochs")

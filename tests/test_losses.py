@@ -237,7 +237,7 @@ def batch(epoch=2):
 
 
 def test_kd_objective_teaches_on_what_the_student_sees():
-    args = SimpleNamespace(objective="kd", temperature=3.0, alpha=0.8)
+    args = SimpleNamespace(objective="kd", temperature=3.0, alpha=0.8, labels=None)
     loss_fn = distill.kd_objective(args, lambda batch: 2 * batch.x)
     loss, out = loss_fn(lambda x: x + 1, batch())
     assert torch.equal(out, STUDENT + 1)
@@ -255,7 +255,7 @@ def test_kd_objective_teaches_on_what_the_student_sees():
 @pytest.mark.parametrize("warm", [0, 1, 2])
 def test_consistency_objective_teaches_on_the_other_view(kind, cost, warm):
     args = SimpleNamespace(objective="consistency", class_weight=0.3, class_cost=kind, ramp_up=4,
-                           warm_start=warm)
+                           warm_start=warm, labels=40)
     loss_fn = distill.consistency_objective(args, lambda batch: 2 * batch.other)
     loss, out = loss_fn(lambda x: x + 1, batch(epoch=2))
     assert torch.equal(out, STUDENT + 1)
