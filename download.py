@@ -82,7 +82,7 @@ def key(name):
     return hashlib.sha256("".join(file.md5 for file in FILES[name]).encode()).hexdigest()[:16]
 
 
-def only(name, data_dir, check):
+def only(name, data_dir, check=None):
     """--download: look, fetch, check, unpack; return where the files are. check(folder): of what an
     archive was unpacked to, a look at whether it is all there."""
     if name not in FILES:

@@ -163,7 +163,8 @@ def write(flags):
     draw_comparison(report["rows"], runs, picture, flags.recipe, report["chance"])
     if pooled:
         draw_details({label(key): (calibration(*pooled[key])[1], confusion(*pooled[key]))
-                      for key in DETAILED if key in pooled}, folder / "details.png")
+                      for key in [key for key in DETAILED if key in pooled] or list(pooled)[:4]},
+                     folder / "details.png")
     print(f"{render.terminal(report)}\n\nreport   {folder / 'report.md'}\npicture  {picture}")
     return report
 

@@ -466,6 +466,13 @@ def test_what_accuracy_does_not_say_is_in_the_report(tmp_path):
     assert (folder / "details.png").stat().st_size > 5000
 
 
+def test_outputs_of_odd_runs_alone_are_drawn_too(tmp_path):
+    folder = make_six(tmp_path, only=("teacher", "student"))
+    outputs(make_run(tmp_path, "longer-s0", 0, 50), [[1, 0], [0, 1]], [0, 0])
+    report.main(["--results-dir", str(tmp_path)])
+    assert (folder / "details.png").stat().st_size > 5000
+
+
 def test_damaged_outputs_are_named(tmp_path, capsys):
     folder = make_six(tmp_path, only=("teacher",))
     (folder / "teacher-s0" / "test.npz").write_bytes(b"PK\x03\x04 cut")

@@ -20,6 +20,8 @@ def start(easy, results, *flags):
     return subprocess.Popen([sys.executable, ROOT / "train_student.py",
                              *tiny.words(easy, results, "--epochs", 400, *flags)],
                             env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
+                            # A test run in the background may have been told to ignore Ctrl-C.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

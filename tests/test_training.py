@@ -61,7 +61,7 @@ def test_twelve_plain_convs_learn_but_not_with_gain_1(easy, tmp_path, capsys):
     for init, verdict in (("xavier", "cannot tell"), ("xavier-gain1", "no conclusion")):
         tiny.run(train_student, easy, tmp_path / init, *recipe, "--arch", "digits-student",
                  epochs=tiny.ENOUGH)
-        made, _ = report.build("tinyimagenet-kd", tmp_path / init)
+        made, *_ = report.build("tinyimagenet-kd", tmp_path / init)
         assert [(entry["title"], entry["best"]["verdict"]) for entry in made["comparisons"]] == [
             ("student alone - teacher", verdict)]
         doubt = [note for note in made["notes"] if "No conclusion from teacher-s0" in note]
