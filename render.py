@@ -59,7 +59,7 @@ def _cells(row):
             f"{row['seconds']['mean']:.{0 if row['seconds']['mean'] >= 10 else 1}f}"]
 
 
-def _pipes(header, lines):
+def pipes(header, lines):
     """A Markdown table; first column to the left, the others to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
@@ -79,13 +79,13 @@ def _aligned(lines, width=80):
 
 def markdown_table(report):
     """The rows of a report as Markdown, with settings and notes; also what the README shows."""
-    table = _pipes(COLUMNS, map(_cells, report["rows"]))
+    table = pipes(COLUMNS, map(_cells, report["rows"]))
     return table + "\n\n" + "<br>\n".join(report["notes"])
 
 
 def markdown_comparisons(report):
     """The comparisons of a report as Markdown."""
-    return _pipes(COMPARED, [
+    return pipes(COMPARED, [
         [entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
          entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
         for entry in report["comparisons"]])
@@ -99,7 +99,7 @@ def markdown_beside(report):
                 if "agreement" in row["beside"] else "--"),
               f"{100 * min(row['beside']['classes']):.2f}",
               f"{100 * max(row['beside']['classes']):.2f}"] for row in rows]
-    return _pipes(BESIDE, lines) if lines else ""
+    return pipes(BESIDE, lines) if lines else ""
 
 
 def markdown_commands(report):
@@ -112,7 +112,7 @@ def markdown_commands(report):
             target = f"make {row['key']}" + (f" RECIPE={recipe}" if recipe else "")
             lines.append([f"`python {words}`", f"`{target}`", _percent(row["test_accuracy"]),
                           f"{row['seconds']['mean']:.0f}"])
-    return _pipes(("command", "or", "test %", "seconds"), lines)
+    return pipes(("command", "or", "test %", "seconds"), lines)
 
 
 def markdown_bench(found):
@@ -127,7 +127,7 @@ def markdown_bench(found):
         made = [part["machine"] for part in found.get(kind, {}).values()]
         machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
                             f"{m['precision']}, torch {m['torch']}" for m in made})
-    table = _pipes(("what", "goal", *kinds.values()), [
+    table = pipes(("what", "goal", *kinds.values()), [
         [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
         for (_, title, goal), values in lines.items()])
     return table + "\n\n" + "<br>\n".join(machines)

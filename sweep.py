@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 import compare
 import runs
-from flags import RECIPES, fail, say
+from flags import RECIPES, Parser, fail, say, settings
 from look import OTHER_COLOURS, OTHER_LINES, TEXT
+from render import pipes
 
 SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
 FIGURES = {"val_accuracy": "validation", "test_accuracy": "test",
@@ -60,24 +61,25 @@ def split(argv):
     return argv[:at], script, words
 
 
-def typed(words, flag, default):
-    """Return what a command line gives for a flag, or the default."""
-    for place, word in enumerate(words):
-        if word == flag and place + 1 < len(words):
-            return words[place + 1]
-        if word.startswith(flag + "="):
-            return word.partition("=")[2]
-    return default
+def first_look(words):
+    """Return what a script's words say of recipe, results, objective and teacher."""
+    parser = Parser(add_help=False)
+    for flag, default in (("recipe", "digits"), ("results-dir", "results"), ("objective", None),
+                          ("teacher", None)):
+        parser.add_argument(f"--{flag}", default=default)
+    early = parser.parse_known_args(words)[0]
+    if early.recipe not in RECIPES:
+        fail(f"--recipe {early.recipe}: choose from {', '.join(RECIPES)}")
+    early.objective = early.objective or settings(early.recipe, "student")["objective"]
+    return early
 
 
 def sweep(args, script, words):
     """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
-    recipe, results = typed(words, "--recipe", "digits"), typed(words, "--results-dir", "results")
-    if recipe not in RECIPES:
-        fail(f"--recipe {recipe}: choose from {', '.join(RECIPES)}")
+    early = first_look(words)
     names = [name for name, _ in args.over]
     name = args.name or "-".join([script.removesuffix(".py"), *names])
-    folder = Path(results) / "sweeps" / name
+    folder = Path(early.results_dir) / "sweeps" / name
     main = importlib.import_module(script.removesuffix(".py")).main
     grid = list(itertools.product(*(values for _, values in args.over)))
     found, done, started = {}, 0, time.perf_counter()
@@ -90,9 +92,11 @@ def sweep(args, script, words):
             line = [*words, "--seed", seed, "--results-dir", folder, "--run", run, "--resume"]
             for flag, value in chosen.items():
                 line += [f"--{flag}", value]
-            if script == "distill.py" and "teacher" not in chosen and not typed(
-                    words, "--teacher", "") and typed(words, "--objective", "kd") != "consistency":
-                line += ["--teacher", Path(results, recipe, f"teacher-s{seed}", "best.pt")]
+            objective = chosen.get("objective", early.objective)
+            if script == "distill.py" and objective != "consistency" and not (
+                    early.teacher or "teacher" in chosen):
+                line += ["--teacher", Path(early.results_dir, early.recipe, f"teacher-s{seed}",
+                                           "best.pt")]
             done += 1
             say(f"== {done}/{len(grid) * len(args.seeds)}: {run}")
             found.setdefault(values, {})[seed] = main([str(word) for word in line])
@@ -143,13 +147,13 @@ def percent(figure):
 def table(names, rows, best):
     """The rows as Markdown; the best by validation is marked."""
     header = [*names, "n", "parameters", *(f"{title} %" for title in FIGURES.values()), ""]
-    lines = [header, ["---:"] * len(header)]
+    lines = []
     for row in rows:
         mark = "best by validation" if row is best else "" if row["learned"] else "learned nothing"
-        lines.append([*(row[name].replace("|", "\\|") for name in names), str(len(row["seeds"])),
+        lines.append([*(row[name] for name in names), str(len(row["seeds"])),
                       str(row["parameters"]), *(percent(row[figure]) for figure in FIGURES), mark])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return text + "\n\nMean over n seeds ± half of the 95 % interval (Student's t).\n"
+    note = "Mean over n seeds ± half of the 95 % interval (Student's t)."
+    return f"{pipes(header, lines)}\n\n{note}\n"
 
 
 def draw(path, names, grids, rows, title):

@@ -73,3 +73,12 @@ def test_a_script_is_needed(capsys):
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=1", "--", "calc.py"], "'calc.py'",
                  "train_student.py")
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=2", "--", "distill.py"], "'2'")
+
+
+def test_the_recipe_says_whether_a_teacher_is_needed(easy, tmp_path):
+    """Of a recipe whose objective is consistency none is; the last of two flags counts."""
+    found = sweep(easy, tmp_path / "first", "--over", "class-weight=0.1,0.5", flags=(
+        "--recipe", "digits-500-labels", "--labels", 40, "--arch", "digits-student",
+        "--results-dir", tmp_path / "last"))
+    assert len(found["rows"]) == 2 and (tmp_path / "last/sweeps").is_dir()
+    assert not (tmp_path / "first").exists()
