@@ -6,9 +6,9 @@ A training script hands fit() a model, batches, and one function, loss_fn(model,
 (loss, logits); the rest is here. Recipes and flags are in flags.py, run folders in runs.py,
 device and precision in device.py.
 """
+import contextlib
 import copy
 import io
-import json
 import math
 import time
 from pathlib import Path
@@ -30,6 +30,7 @@ from device import (  # noqa: F401
     share_buffers_,
     silent,
     summed,
+    tell_time,
     world,
 )
 from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say
@@ -162,10 +163,11 @@ def set_training(model, args, epoch):
 def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total, bar):
     """One pass over the batches, from update number `update` of `total`.
 
-    Returns each step's loss, hits and labelled rows, still on the device: a look at a value would
-    make a GPU finish all work under way. On a CPU it is free, and saves the rest of the epoch.
+    Returns each step's loss, hits, labelled rows and norms of the layers' gradients, still on the
+    device: a look at a value would make a GPU finish all work under way. On a CPU it is free, and
+    saves the rest of the epoch.
     """
-    losses, hits, rows, together = [], [], [], world() > 1
+    losses, hits, rows, norms, together = [], [], [], [], world() > 1
     # Averages the gradients of all processes during backward; made anew for what is frozen now.
     network = DistributedDataParallel(model, broadcast_buffers=False) if together else model
     warm = vars(args).get("warm_start", 0) * (total // args.epochs)
@@ -182,8 +184,11 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
         loss.backward()
 
         # step
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(torch.stack(torch._foreach_norm(gradients)))       # one a layer
         if args.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip,
+                                                 torch.linalg.vector_norm(norms[-1]))
         optimizer.step()
 
         # EMA
@@ -199,29 +204,24 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
         if loss.device.type == "cpu" and not together and not torch.isfinite(loss):
             break
     losses, hits, rows = (summed(torch.stack(lot)) for lot in (losses, hits, rows))
-    return losses / world(), hits, rows
+    return losses / world(), hits, rows, torch.stack(norms)
 
 
-def tell_time(batches, total):
-    """Pass batches through; after 25 say how long `total` will take, from the last 20."""
-    for i, batch in enumerate(batches):
-        if i in (5, 25) and batch.x.is_cuda:        # else the clock sees only the work queued
-            torch.cuda.synchronize()
-        if i == 5:
-            started = time.perf_counter()
-        if i == 25:
-            seconds = (time.perf_counter() - started) / 20 * total
-            say(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s")
-        yield batch
-
-
-def stop_unless_finite(losses, epoch, lr, folder, what="step"):
-    """End with exit code 3 at the first loss that is not finite, naming epoch and step."""
-    for step, loss in enumerate(losses, 1):
-        if not math.isfinite(loss):
-            kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
-            fail(f"the loss is {loss} at epoch {epoch}, {what} {step} (learning rate now {lr:.2g})"
-                 f"; {kept} in {folder}; try a lower --lr, --clip 1 or --precision fp32", code=3)
+def stop_unless_finite(args, losses, norms, model, epoch, steps, folder, what="step"):
+    """End with exit code 3 at the first loss that is not finite, naming epoch, step, learning rate
+    and the layer whose gradient was largest in the last step before it, or failing that in it."""
+    wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    if wrong is None:
+        return
+    layers = [name for name, p in model.named_parameters() if p.grad is not None]
+    at, before = (wrong, norms[max(0, wrong - 1)]) if what == "step" else (steps - 1, norms[-1])
+    lr = args.lr * schedule(args.schedule, (epoch - 1) * steps + at, args.epochs * steps)
+    largest = before.nan_to_num(nan=math.inf).argmax().item()
+    kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
+    fail(f"the loss is {losses[wrong]} at epoch {epoch}, {what} {wrong + 1}, learning rate "
+         f"{lr:.2g}; the largest gradient before was that of {layers[largest]}, norm "
+         f"{before[largest]:.2g}; {kept} in {folder}; try a lower --lr, --clip 1 or --precision "
+         "fp32", code=3)
 
 
 def chance(labels):
@@ -254,18 +254,19 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
         batches = train.epoch(epoch)
         if epoch == first:
             batches = tell_time(batches, (args.epochs - epoch + 1) * steps)
-        losses, hits, rows = train_epoch(args, model, average, loss_fn, optimizer, batches,
-                                         (epoch - 1) * steps, args.epochs * steps, bar)
+        losses, hits, rows, norms = train_epoch(args, model, average, loss_fn, optimizer, batches,
+                                                (epoch - 1) * steps, args.epochs * steps, bar)
         losses, hits, rows = losses.tolist(), int(hits.sum()), int(rows.sum())
         trained, lr = time.perf_counter() - started, optimizer.param_groups[0]["lr"]
-        stop_unless_finite(losses, epoch, lr, folder)
+        stop_unless_finite(args, losses, norms, model, epoch, steps, folder)
 
         row = dict(epoch=epoch, train_loss=sum(losses) / steps, train_accuracy=hits / max(1, rows))
         for name, column in runs.VALIDATED.items():
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
-        stop_unless_finite([row["val_loss"] or 0.0], epoch, lr, folder, "validation")
+        stop_unless_finite(args, [row["val_loss"] or 0.0], norms, model, epoch, steps, folder,
+                           "validation")
         row |= dict(lr=lr, seconds=time.perf_counter() - started,
                     images_per_second=steps * train.step_size / trained)
         history.append(row)
@@ -283,7 +284,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     if rank() == 0:
         if draw:
             draw(history, folder / "curves.png")
-        runs.write_whole(folder / "final.json", json.dumps(final, indent=1).encode() + b"\n")
+        runs.write_final(folder, final)
     return final
 
 
@@ -298,21 +299,15 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Return what save_checkpoint wrote, on the CPU; no code in the file is ever run."""
+    wrong = runs.damage(Path(path))
+    if wrong:
+        fail(f"{path}: {wrong}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
-    except IsADirectoryError:
-        fail(f"{path}: a folder; give its best.pt")
-    except Exception as error:    # torch raises many kinds for damaged or foreign files
-        fail(f"{path}: not a whole checkpoint of tensors and plain values ({type(error).__name__})")
-
-
-def save_logits(path, logits, labels):
-    """Write the best epoch's outputs on the test split, for what accuracy does not say."""
-    memory = io.BytesIO()
-    np.savez_compressed(memory, logits=torch.cat(logits).cpu().numpy(), labels=labels.cpu().numpy())
-    runs.write_whole(path, memory.getvalue())
+    except Exception as error:    # torch raises many kinds for foreign files
+        with contextlib.suppress(Exception):
+            error = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or error
+        fail(f"{path}: holds more than tensors and plain values, and was not read: {error}")
 
 
 def save_epoch(folder, card, history, best, networks, optimizer):
@@ -352,7 +347,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
             network.load_state_dict(best[name])
             tested[name] = evaluate(network, test, args.precision, logits := [])
         if name == "model" and world() == 1:        # of several processes each has seen a part
-            save_logits(folder / "test.npz", logits, test.labels)
+            runs.write_outputs(folder / "test.npz", torch.cat(logits).cpu(), test.labels.cpu())
     average = networks.get("ema")
     if average is not None and args.norm == "batch":
         # Averaged statistics are not those of the averaged weights: measure them on one epoch.

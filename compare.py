@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail
-from runs import METRICS
+from runs import METRICS, altered
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -90,6 +90,8 @@ def _read_run(folder):
             fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
         if not _plausible(key, final[key]):
             fail(f"{folder / 'final.json'}: {key} cannot be {final[key]!r}; {way_out}")
+    for name in altered(folder, ("config.json", "final.json", "metrics.csv")):
+        fail(f"{folder / name}: not as the run left it: changed or damaged; {way_out}")
     if [row["epoch"] for row in history] != list(range(1, final["epochs"] + 1)):
         fail(f"{folder / 'metrics.csv'}: not its {final['epochs']} epochs; {way_out}")
     return {"name": folder.name, "config": config, "final": final, "history": history}

@@ -1,14 +1,17 @@
 """Where a run computes: device, precision, processes, memory. No command of its own."""
+import contextlib
 import copy
 import datetime
 import os
+import re
 import resource
 import sys
+import time
 
 import torch
 import torch.distributed as dist
 
-from flags import fail
+from flags import fail, say
 
 
 def pick_device(name="auto"):
@@ -49,6 +52,19 @@ def set_up(args):
         torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
     return args, device
+
+
+def tell_time(batches, total):
+    """Pass batches through; after 25 say how long `total` will take, from the last 20."""
+    for i, batch in enumerate(batches):
+        if i in (5, 25) and batch.x.is_cuda:        # else the clock sees only the work queued
+            torch.cuda.synchronize()
+        if i == 5:
+            started = time.perf_counter()
+        if i == 25:
+            seconds = (time.perf_counter() - started) / 20 * total
+            say(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s")
+        yield batch
 
 
 # ---- several processes ------------------------------------------------------------------------
@@ -102,6 +118,29 @@ def share_buffers_(*modules):
 
 
 # ---- memory -----------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def guard(args):
+    """End with one line where memory or a disk gives out, or another process has ended."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; all that was finished is "
+             "kept: mend that, and the same command with --resume goes on")
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):
+            fail("another process ended; the same command with --resume goes on after the last "
+                 f"finished epoch ({text.splitlines()[0][:100]})", 1)
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+                "not enough memory|allocate memory|bad_alloc|out of memory", text)):
+            raise
+        asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
+        fail(f"out of memory: {asked[1] if asked else 'more'} asked for beside "
+             f"{peak_memory() / 1e9:.2f} GB, with batches of {args.batch_size} images of "
+             f"3×{args.image_size}×{args.image_size}; lower --batch-size"
+             + " or --image-size" * (args.dataset == "folder"))
+
 
 def peak_memory():
     """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""

@@ -16,6 +16,7 @@ import math
 import os
 import shlex
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import data
 import download
 import flags
 import models
-from device import silent
+from device import guard, silent
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -184,10 +185,10 @@ def kept_outputs(teacher, card, job, stream):
         batch=train.step_size, device=args.device, precision=args.precision,
         torch=torch.__version__, code=hashlib.sha256(code).hexdigest())
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    path, shape = folder / f"{key}.npy", (args.views, len(train), len(card["classes"]))
+    shape = args.views, len(train), len(card["classes"])
     with download.alone(folder):        # of two runs at once, one computes
-        if not path.exists():
-            fill(path, shape, teacher, train, stream, args.precision)
+        path = whole_cache(folder, key) or fill(folder, key, shape, teacher, train, stream,
+                                                args.precision)
     table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{args.views} views of {len(train)} images, "
@@ -197,10 +198,30 @@ def kept_outputs(teacher, card, job, stream):
     return lambda batch: table[batch.epoch % args.views, batch.rows.to(table.device)].to(job.device)
 
 
+def whole_cache(folder, key):
+    """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
+    for path in folder.glob(f"{key}-*.npy"):
+        if path.stem.endswith(f"-{crc(path):08x}"):
+            return path
+        flags.say(f"{path}: cut short or damaged, made anew")
+        path.unlink()
+    return None
+
+
+def crc(path):
+    """Return a file's CRC32, read in pieces: it may be larger than memory."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
 @torch.no_grad()
-def fill(path, shape, teacher, train, stream, precision):
-    """Write the teacher's logits for every view of every train image, (V, N, classes)."""
-    aside, (views, n, _), size = path.with_suffix(".part"), shape, train.step_size
+def fill(folder, key, shape, teacher, train, stream, precision):
+    """Write the teacher's logits for every view of every train image, (V, N, classes); return the
+    file's path."""
+    aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
     with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
@@ -217,7 +238,9 @@ def fill(path, shape, teacher, train, stream, precision):
     table.flush()
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
+    path = folder / f"{key}-{crc(aside):08x}.npy"
     os.replace(aside, path)
+    return path
 
 
 # ---- objectives -------------------------------------------------------------------------------
@@ -311,10 +334,8 @@ def check(args, path):
                    "same, and teach nothing; give one of the three")
 
 
-def main(argv=None):
-    started = time.perf_counter()
-    args = flags.parse(__doc__, role_of, CHOICES, argv,
-                       groups=("data", "network", "training", "distillation", "run"))
+def train(args, started):
+    """Check, announce and run what the flags say; return the final dict."""
     path = find_teacher(args)
     check(args, path)
     args.cache = pick_cache(args, path is None)
@@ -327,7 +348,7 @@ def main(argv=None):
         check_teacher(path, card, job)
     if job.final:
         return job.final
-    model, args, train = job.model, job.args, job.batches[0]
+    model, args = job.model, job.args
     average = common.make_average(model) if args.ema_decay else None
     if path:
         teacher = frozen_teacher(network, card, job)
@@ -346,11 +367,19 @@ def main(argv=None):
     if path:
         report_teacher(teacher, card, job, path)
         if args.cache and not args.dry_run:
-            train.pair = False
+            job.batches[0].pair = False
             outputs = kept_outputs(teacher, card, job, "other view" if consistency else "view")
         seconds = time.perf_counter() - before
     objective = consistency_objective if consistency else kd_objective
     return run(job, objective(args, outputs), average, seconds)
+
+
+def main(argv=None):
+    started = time.perf_counter()
+    args = flags.parse(__doc__, role_of, CHOICES, argv,
+                       groups=("data", "network", "training", "distillation", "run"))
+    with guard(args):
+        return train(args, started)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,9 @@ def load(path, average=False):
     weights = card["ema" if average else "model"]
     if weights is None:
         fail(f"{path}: holds no average: the run had --ema-decay 0")
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            fail(f"{path}: {name} holds values that are not finite; train it again")
     try:
         network = build(**card["build"])
         network.load_state_dict(weights)

@@ -29,7 +29,7 @@ from compare import (
 )
 from flags import RECIPES, Parser, fail, launch, settings, words
 from look import MOST_BYTES, draw_comparison, draw_details
-from runs import write_whole
+from runs import SUMS, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -44,7 +44,7 @@ DETAILED = ("teacher", "student", "kd", "mean-teacher")     # rows that details.
 CLASSES = {"digits": 10, "cifar10": 10, "svhn": 10, "tinyimagenet": 200}
 SCHEMA = 1  # of report.json
 MARKER = re.compile(r"<!--\s*(?:([\w-]+):([\w.-]+)|/([\w-]+))\s*-->")
-PUBLISHED = ("config.json", "metrics.csv", "final.json", "curves.png")  # of a run: no weights
+PUBLISHED = ("config.json", "metrics.csv", "final.json", SUMS, "curves.png")    # no weights
 
 
 # ---------------------------------------------------------------- the report
@@ -178,7 +178,7 @@ def publish(flags):
     for file in ("report.md", "report.json", "comparison.png", "details.png",
                  *(f"{name}/{file}" for name in names for file in PUBLISHED)):
         small = (source / file).exists() and (source / file).stat().st_size < MOST_BYTES
-        if small or not file.endswith(("curves.png", "details.png")):
+        if small or not file.endswith(("curves.png", "details.png", SUMS)):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, target / file)
     print(f"published in {target}")

@@ -4,14 +4,19 @@
 
 No command of its own, and no torch.
 """
+import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
 import os
 import subprocess
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from flags import DEFAULTS, fail, say
 
@@ -19,8 +24,9 @@ SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses w
 # What may differ between two calls for the same run: where things lie, and what to do about it.
 FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "teacher",
         "init_from", "cache"}
-RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json", "curves.png",
-             "test.npz")
+SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
+RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
+             "curves.png", "test.npz")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
@@ -29,13 +35,60 @@ METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 # ---- writing ----------------------------------------------------------------------------------
 
 def write_whole(path, data):
-    """Write bytes so that the file is either as it was or whole: aside, synced, then moved."""
+    """Write bytes so that the file is either as it was or whole: aside, synced, then moved.
+
+    An OSError (a full disk, a folder that vanished) names the file, and leaves nothing beside it.
+    """
     aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_final(folder, final):
+    """Write final.json, the last file of a run, and before it the checksums of all its files."""
+    data = json.dumps(final, indent=1).encode() + b"\n"
+    sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)
+            if path.exists() and path.name not in (SUMS, "final.json")} | {
+            "final.json": sha256(data)}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    write_whole(folder / SUMS, lines.encode())
+    write_whole(folder / "final.json", data)
+
+
+def altered(folder, names):
+    """Return those of a run's files that are not as the run left them. Runs of before there were
+    checksums are taken as they are."""
+    if not (folder / SUMS).exists():
+        return []
+    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
+    return [name for name in names if sums.get(name) != sha256((folder / name).read_bytes())]
+
+
+def damage(path):
+    """Return what is wrong with the bytes of a checkpoint, a zip file with checksums of its own,
+    which torch does not look at; None if nothing is."""
+    if not path.is_file():
+        return "a folder; give its best.pt" if path.is_dir() else "no such file"
+    try:
+        with zipfile.ZipFile(path) as bundle:
+            wrong = bundle.testzip()
+    except Exception as error:      # what flipped bits lead to is of many kinds
+        wrong = str(error) or type(error).__name__
+    return wrong and (f"cut short or damaged ({wrong}); take a whole copy, or train it again with "
+                      "--overwrite")
 
 
 def read_json(path):
@@ -95,6 +148,8 @@ def open_run(args, config, name):
             fail(f"{folder}: {what} with other settings: {', '.join(sorted(differs))}; {ways}")
     elif finished:
         fail(f"{folder}: final.json without config.json; {ways}")
+    for name in altered(folder, ("final.json",)) if finished else ():
+        fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
     if finished:
         say(f"{folder}: finished already, kept")
         return folder, read_json(folder / "final.json")
@@ -123,6 +178,14 @@ def begin_run(args, folder, config):
     except OSError as error:
         fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
     return lock
+
+
+def write_outputs(path, logits, labels):
+    """Write the best epoch's outputs on the test split, (N, classes), for what accuracy does not
+    say."""
+    memory = io.BytesIO()
+    np.savez_compressed(memory, logits=logits, labels=labels)
+    write_whole(path, memory.getvalue())
 
 
 def write_history(path, history):

@@ -21,7 +21,7 @@ import flags
 import look
 import models
 import runs
-from device import rank, wait, world
+from device import guard, rank, wait, world
 
 CHOICES = models.CHOICES | data.CHOICES
 LOSS = "mean over the batch of −log softmax(student)[label]"
@@ -143,9 +143,8 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
             os.close(lock)
 
 
-def main(argv=None, role="student", doc=__doc__):
-    started = time.perf_counter()
-    args = flags.parse(doc, role, CHOICES, argv, ("data", "network", "training", "transfer", "run"))
+def train(args, role, started):
+    """Check, announce and run what the flags say; return the final dict."""
     known = {}
     if args.unfreeze_at and args.freeze == "none":
         flags.fail(f"--unfreeze-at {args.unfreeze_at} with --freeze none: nothing is frozen; give "
@@ -168,6 +167,13 @@ def main(argv=None, role="student", doc=__doc__):
                + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
     average = common.make_average(job.model) if job.args.ema_decay else None
     return run(job, hard_loss, average)
+
+
+def main(argv=None, role="student", doc=__doc__):
+    started = time.perf_counter()
+    args = flags.parse(doc, role, CHOICES, argv, ("data", "network", "training", "transfer", "run"))
+    with guard(args):
+        return train(args, role, started)
 
 
 if __name__ == "__main__":

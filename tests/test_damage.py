@@ -1,0 +1,248 @@
+"""Disks and memory that give out, files that are not as they were written: one line that names the
+file, and nothing finished is lost.
+"""
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import common
+import distill
+import models
+import report
+import runs
+import train_student
+
+HOUSE = Path(common.__file__).parent
+RUN = "digits/student-s0"
+
+
+def flipped(data, bit):
+    data = bytearray(data)
+    data[bit // 8] ^= 1 << bit % 8
+    return bytes(data)
+
+
+# ---- damaged files ----------------------------------------------------------------------------
+
+def test_a_flipped_bit_in_a_checkpoint_is_named_or_harmless(easy, tmp_path, capsys):
+    """torch alone reads most of them as other weights; nobody is told."""
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    path = tmp_path / RUN / "best.pt"
+    whole, data, silent = tiny.load(path), path.read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for bit in rng.choice(8 * len(data), 200, replace=False):
+        path.write_bytes(flipped(data, bit))
+        with contextlib.suppress(Exception):
+            silent += not tiny.same(torch.load(path, weights_only=True), whole)
+        try:
+            assert tiny.same(common.load_checkpoint(path), whole), bit      # in unused bytes
+        except SystemExit as stop:
+            assert stop.code == 2
+            line = capsys.readouterr().err
+            assert line.startswith(f"error: {path}: ") and line.count("\n") == 1
+    assert silent > 50      # else this test shows nothing
+
+
+def test_a_checkpoint_cut_anywhere_is_named(easy, tmp_path, capsys):
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    path = tmp_path / RUN / "checkpoint.pt"
+    data = path.read_bytes()
+    for end in np.linspace(0, len(data) - 1, 40).astype(int):
+        path.write_bytes(data[:end])
+        with pytest.raises(SystemExit):
+            common.load_checkpoint(path)
+        assert f"{path}: cut short or damaged" in capsys.readouterr().err
+    (tmp_path / RUN / "final.json").unlink()
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--resume", epochs=1), path,
+                 "--overwrite")
+
+
+@pytest.mark.parametrize("file", ["config.json", "final.json", "metrics.csv"])
+def test_a_digit_changed_in_a_result_is_named(easy, tmp_path, capsys, file):
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    path = tmp_path / RUN / file
+    text = path.read_text()
+    path.write_text(text.replace("0.", "1." if file == "metrics.csv" else "0.0", 1))
+    assert path.read_text() != text
+    tiny.refused(capsys, report, ["--results-dir", tmp_path], path, "--overwrite")
+    if file == "final.json":
+        tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, epochs=1), path)
+
+
+def test_the_checksums_of_a_run_are_those_of_sha256sum(easy, tmp_path):
+    tiny.run(train_student, easy, tmp_path, curves=True)
+    done = subprocess.run(["sha256sum", "-c", runs.SUMS], cwd=tmp_path / RUN, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == 7, done
+    assert len(list((tmp_path / RUN).iterdir())) == 8
+
+
+def test_a_run_of_before_there_were_checksums_is_read(easy, tmp_path):
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    (tmp_path / RUN / runs.SUMS).unlink()
+    assert report.main(["--results-dir", str(tmp_path)])["rows"]
+
+
+@pytest.mark.parametrize("harm", [lambda data: flipped(data, 8 * 1000), lambda data: data[:-100],
+                                  lambda data: b""])
+def test_teachers_outputs_that_are_damaged_are_made_anew(easy, results, capsys, harm):
+    finals = []
+    for name in ("first", "second"):
+        tiny.run(distill, easy, results, "--views", 1, "--run", name)
+        (kept,) = (results / "digits" / ".teacher").glob("*.npy")
+        finals.append(tiny.outcome(results / "digits" / name) | dict(kept=kept.read_bytes()))
+        kept.write_bytes(harm(finals[-1]["kept"]))
+    assert f"{kept}: cut short or damaged, made anew" in tiny.said(capsys)
+    assert finals[0]["kept"] == finals[1]["kept"]
+    assert tiny.same(finals[0]["best"], finals[1]["best"])
+
+
+# ---- disks that give out ----------------------------------------------------------------------
+
+def child(words, prepare="", environment=()):
+    """Run train_student (or what prepare calls script) in a process of its own, after some
+    lines."""
+    code = f"import resource, sys, distill, train_student\nscript = train_student\n{prepare}\n" \
+           "script.main(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HOUSE, text=True,
+                          capture_output=True, env=os.environ | dict(environment))
+
+
+def one_line(done, *parts):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert str(part) in done.stderr, done.stderr
+
+
+def test_a_file_that_may_not_grow_ends_the_run_and_resume_goes_on(easy, tmp_path):
+    """A limit on the size of files stands for a full disk: the kernel refuses to write."""
+    words = tiny.words(easy, tmp_path / "cut", epochs=3)
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**4,) * 2)"
+    tiny.run(train_student, easy, tmp_path / "cut", epochs=1)       # the arrays are kept now
+    shutil.rmtree(tmp_path / "cut")
+    one_line(child(words, limit), tmp_path / "cut" / RUN / "best.pt", "too large", "--resume")
+    assert sorted(p.name for p in (tmp_path / "cut" / RUN).iterdir()) == ["config.json"]
+    tiny.run(train_student, easy, tmp_path / "cut", "--resume", epochs=3)
+    tiny.run(train_student, easy, tmp_path / "whole", epochs=3)
+    assert tiny.same(tiny.outcome(tmp_path / "cut" / RUN), tiny.outcome(tmp_path / "whole" / RUN))
+
+
+@pytest.mark.parametrize("file", ["best.pt", "metrics.csv", "checkpoint.pt", "test.npz",
+                                  "final.json", "curves.png", runs.SUMS])
+def test_a_disk_that_is_full_at_any_file_leaves_the_last_state(easy, tmp_path, capsys, monkeypatch,
+                                                               file):
+    """What a full disk does to each file in turn, in its second writing where there is one."""
+    words = tiny.words(easy, tmp_path / "cut", "--ema-decay", 0.9, epochs=3)
+    seen, fsync = [], os.fsync
+
+    def full(handle):
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".part")[1:]
+        seen.append(name)
+        if name == file and (seen.count(name) == 2 or name not in (
+                "best.pt", "metrics.csv", "checkpoint.pt")):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder = tmp_path / "cut" / RUN
+    tiny.refused(capsys, train_student, words, folder / file, "No space left", "--resume")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+    assert not (folder / "final.json").exists()
+    kept = len(tiny.load(folder / "checkpoint.pt")["history"])
+    assert kept == (1 if file in ("best.pt", "metrics.csv", "checkpoint.pt") else 3)
+    train_student.main([*words, "--resume"])
+    train_student.main(tiny.words(easy, tmp_path / "whole", "--ema-decay", 0.9, epochs=3))
+    assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "whole" / RUN))
+
+
+def test_a_folder_that_vanishes_ends_the_run(easy, tmp_path, capsys, monkeypatch):
+    def vanish(model, batch, whole=train_student.hard_loss):
+        if batch.epoch == 2:
+            shutil.rmtree(tmp_path / "digits", ignore_errors=True)
+        return whole(model, batch)
+
+    monkeypatch.setattr(train_student, "hard_loss", vanish)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), tmp_path / RUN,
+                 "No such file or directory")
+    assert not list(tmp_path.glob("digits*"))
+
+
+def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(results / "digits/.teacher/x.part"))
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    tiny.refused(capsys, distill, tiny.words(easy, results, "--views", 1), "No space left",
+                 ".teacher")
+    assert not (results / "digits" / "kd-s0").exists()
+
+
+# ---- memory that gives out --------------------------------------------------------------------
+
+def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
+    """A limit on data, which a mapped data set does not count in, and 2 GB for one layer."""
+    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 512,
+                       "--batch-size", 60, epochs=1)
+    limit = "resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9,) * 2)"
+    one_line(child(words, limit), "out of memory", "batches of 60 images of 3×512×512",
+             "lower --batch-size")
+
+
+# ---- numbers ----------------------------------------------------------------------------------
+
+def test_the_layer_of_the_largest_gradient_is_named(easy, tmp_path, capsys, monkeypatch):
+    """A loss of which one layer has nearly all the gradient, until it overflows."""
+    def spoiled(model, batch, whole=train_student.hard_loss):
+        loss, logits = whole(model, batch)
+        weights = dict(model.named_parameters())["features.3.weight"]
+        scale = float("inf") if batch.epoch == 2 else 1e4
+        return loss + scale * weights.square().sum(), logits
+
+    monkeypatch.setattr(train_student, "hard_loss", spoiled)
+    words = tiny.words(easy, tmp_path, "--lr", 1e-5, "--schedule", "constant")
+    line = tiny.refused(capsys, train_student, words, "epoch 2, step 1, learning rate 1e-05",
+                        "features.3.weight", "epoch 1 is kept", code=3)
+    assert "features.0" not in line
+
+
+class Fixed(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_ten_million_rows_are_counted_exactly():
+    """More than float32 can count: it has 24 bits, and a sum of ones stops at 16 777 216."""
+    size, batches = 100_000, 200
+    logits = torch.zeros(size, 2)
+    logits[:, 1] = torch.arange(size) % 7 == 0
+    labels = torch.ones(size, dtype=torch.int64)
+    labels[5] = -1
+    found = common.evaluate(Fixed(), ((logits, labels) for _ in range(batches)))
+    hits = int((logits[:, 1] > 0)[labels >= 0].sum()) * batches
+    assert found["n"] == (size - 1) * batches > 2**24
+    assert found["accuracy"] == float(Fraction(hits, found["n"]))
+    each = torch.nn.functional.cross_entropy(logits.double(), labels.clamp(min=0),
+                                             reduction="none")[labels >= 0].sum()
+    assert found["loss"] == pytest.approx(each.item() * batches / found["n"], rel=1e-6)
+
+
+def test_a_teacher_with_weights_that_are_not_finite_is_refused(easy, results, capsys):
+    path = results / "digits/teacher-s0/best.pt"
+    card = tiny.load(path)
+    next(iter(card["model"].values()))[0, 0, 0, 0] = float("nan")
+    common.save_checkpoint(path, card)
+    with pytest.raises(SystemExit):
+        models.load(path)
+    assert f"{path}: " in capsys.readouterr().err
+    tiny.refused(capsys, distill, tiny.words(easy, results), path, "not finite")
