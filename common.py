@@ -67,13 +67,15 @@ def ema_update_(average, model, decay):
     buffers copied. decay is taken as given: 0 copies, 1 would freeze. Tarvainen & Valpola 2017,
     arXiv 1703.01780, section 2.
     """
-    mine = [*average.parameters(), *average.buffers()]
-    theirs = [t.detach() for t in (*model.parameters(), *model.buffers())]
-    both = [(a, t.to(a.dtype)) for a, t in zip(mine, theirs, strict=True) if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in both], [t for _, t in both], 1 - decay)
-    for a, t in zip(mine, theirs, strict=True):
-        if not a.is_floating_point():
+    mine, theirs = [], []
+    for a, t in zip((*average.parameters(), *average.buffers()),
+                    (*model.parameters(), *model.buffers()), strict=True):
+        if a.is_floating_point():
+            mine.append(a)
+            theirs.append(t.to(a.dtype))
+        else:
             a.copy_(t)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)       # one call for all of them
 
 
 def ema_decay(decay, update):

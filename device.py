@@ -2,11 +2,13 @@
 import contextlib
 import copy
 import datetime
+import math
 import os
 import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,24 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cpu" and native() else "fp32"
 
 
+def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
+    """Return how many CPUs this process may keep busy: those it may run on, or fewer where the
+    quota of its cgroup (a container's, a cluster job's) is less. Files as Linux has them."""
+    there = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+             else os.cpu_count() or 1)
+    quotas = [Path(groups, "cpu", "cpu.cfs_quota_us"), Path(groups, "cpu", "cpu.cfs_period_us")]
+    with contextlib.suppress(OSError, ValueError):      # version 1
+        quota, period = (int(path.read_text()) for path in quotas)
+        there = min(there, math.ceil(quota / period)) if quota > 0 else there
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])    # version 2
+        for group in (path, *path.parents):     # a quota of any of them holds
+            with contextlib.suppress(OSError, ValueError):
+                quota, period = map(int, Path(groups, group, "cpu.max").read_text().split())
+                there = min(there, math.ceil(quota / period))
+    return there
+
+
 def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -47,6 +67,8 @@ def set_up(args):
     join(device)
     args = copy.copy(args)
     args.device, args.precision = device.type, pick_precision(args.precision, device)
+    if "OMP_NUM_THREADS" not in os.environ and cpus() < torch.get_num_threads():
+        torch.set_num_threads(cpus())       # more would only wait for each other
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
     if args.deterministic != torch.are_deterministic_algorithms_enabled():   # imports a second long
         torch.use_deterministic_algorithms(args.deterministic)

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import download
+from device import cpus
 from flags import fail, say
 
 
@@ -145,7 +146,7 @@ def fingerprint(listing):
 def read_folder(listing, size, fit):
     """Return {"train": (images, labels), "test": ...} and the classes, decoded in parallel."""
     classes, arrays = list(listing["train"]), {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:       # PIL decodes outside Python's lock
+    with ThreadPoolExecutor(cpus()) as pool:       # PIL decodes outside Python's lock
         for split, folders in listing.items():
             files = [path for name in classes for path in folders[name]]
             labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])

@@ -1,6 +1,7 @@
 """EMA, evaluate, the schedule, seeds and checkpoint files, against closed forms and torch's own."""
 import copy
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
+import device
 import models
 
 
@@ -362,3 +364,36 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
         found = capsys.readouterr()
         assert stop.value.code == 2 and found.err.count("\n") == 1 and name in found.err
         assert "was run" not in found.out
+
+
+# ---- processors -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("files, own, expected", [
+    ({}, "", 8), ({"cpu.max": "max 100"}, "0::/\n", 8), ({"cpu.max": "250 100"}, "0::/", 3),
+    ({"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, "1:x:/y\n0::/a/b\n", 1),
+    ({"a/b/cpu.max": "400000 100000", "cpu.max": "900000 100000"}, "0::/a/b", 4),
+    ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", 2),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", 8),
+    ({"cpu.max": "nonsense"}, "0::/", 8)])
+def test_the_quota_of_a_cgroup_is_honoured(tmp_path, monkeypatch, files, own, expected):
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert device.cpus(tmp_path / "groups", tmp_path / "own") == expected
+
+
+def test_no_more_threads_than_processors(monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        for environment, expected in (({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)):
+            torch.set_num_threads(2)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setattr(device, "cpus", lambda: 1)
+            device.set_up(SimpleNamespace(device="cpu", precision="fp32", deterministic=False))
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
