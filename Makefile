@@ -45,7 +45,7 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench notebook \
+        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench claims notebook \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -141,6 +141,9 @@ sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
 
 bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
 	$(PYTHON) tests/bench.py --data-dir "$(or $(DATA_DIR),data/cifar10)"
+
+claims: $(READY)  ## the reports' claims against what is published
+	$(PYTHON) tests/claims.py
 
 readme: $(READY)  ## fill the README's tables from results/published
 	$(PYTHON) report.py readme

@@ -133,6 +133,12 @@ def markdown_bench(found):
     return table + "\n\n" + "<br>\n".join(machines)
 
 
+def markdown_claims(found):
+    """published/claims.json as Markdown."""
+    return pipes(("report", "claim", "printed", "measured here", "verdict"),
+                 [list(one.values()) for one in found])
+
+
 def markdown(report):
     """report.md."""
     keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]

@@ -148,7 +148,9 @@ def _notes(groups, rows, made, no_gap, silent):
 
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
-          "commands": render.markdown_commands, "bench": render.markdown_bench}
+          "commands": render.markdown_commands, "bench": render.markdown_bench,
+          "claims": render.markdown_claims}
+FILES = {"bench": "bench.json", "claims": "claims.json"}    # of published/; else <recipe>/report
 
 
 # ---------------------------------------------------------------- commands
@@ -213,14 +215,14 @@ def readme(flags):
 
 def _block(flags, kind, recipe):
     place = Path(flags.results_dir) / "published"
-    source = place / "bench.json" if kind == "bench" else place / recipe / "report.json"
+    source = place / FILES.get(kind, f"{recipe}/report.json")
     if kind not in BLOCKS:
         fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
     try:
         return BLOCKS[kind](json.loads(source.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
-             f"`make {'bench' if kind == 'bench' else f'publish RECIPE={recipe}'}` makes it")
+             f"`make {kind if kind in FILES else f'publish RECIPE={recipe}'}` makes it")
 
 
 def sweep(args):

@@ -1,0 +1,187 @@
+"""What the five reports claim, and what is measured here: `make claims`.
+
+    python tests/claims.py        # writes results/published/claims.json, for the README's table
+
+A claim about networks is held against the paired comparisons of the published runs, which say
+helps, hurts, or cannot tell. A claim that is an error in the sums is shown by doing the sum.
+"""
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import calc  # noqa: E402
+import distill  # noqa: E402
+import models  # noqa: E402
+from runs import write_whole  # noqa: E402
+
+PUBLISHED = ROOT / "results" / "published"
+
+
+# ---- sums that can be done here ---------------------------------------------------------------
+
+def unbounded():
+    """Gradient descent on the cross-entropy with raw scores as target, and with a softmax."""
+    scores = 4 * torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, target in (("raw", scores), ("softmax", F.softmax(scores, 1))):
+        logits = torch.zeros_like(scores, requires_grad=True)
+        for step in range(1, 1001):
+            loss = -(target * F.log_softmax(logits, 1)).sum(1).mean()
+            (gradient,) = torch.autograd.grad(loss, logits)
+            logits = (logits - 64 * gradient).detach().requires_grad_()
+            found[name, step] = loss.item()
+    least = -(target * target.log()).sum(1).mean()
+    return (f"against raw scores {found['raw', 10]:.0f}, {found['raw', 100]:.0f}, "
+            f"{found['raw', 1000]:.0f} after 10, 100, 1000 steps; against their softmax "
+            f"{found['softmax', 1000]:.2f}, and {least:.2f} is the least there is")
+
+
+def kl_of_200():
+    """How much weaker KLDivLoss is as it comes."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (F.log_softmax(torch.randn(64, 200, generator=g), 1) for _ in range(2))
+    with warnings.catch_warnings():     # torch's, about this very trap
+        warnings.simplefilter("ignore")
+        mean = F.kl_div(student, teacher, log_target=True)
+    batch = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return f"batch mean / mean = {batch / mean:.0f}"
+
+
+def temperature():
+    """The gradient's size at T = 5, with and without T², as a share of that at T = 1."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 512, 200, generator=g)
+    sizes = {}
+    for t in (1.0, 5.0):
+        logits = student.clone().requires_grad_()
+        loss = distill.kd_loss(logits, teacher, torch.zeros(512, dtype=torch.int64), t, 1.0)
+        sizes[t] = torch.autograd.grad(loss, logits)[0].norm().item()
+    return (f"gradient at T = 5 / at T = 1: {sizes[5] / sizes[1]:.2f} with T², "
+            f"{sizes[5] / sizes[1] / 25:.3f} without")
+
+
+def twelve_convs():
+    """How far apart the outputs of 12 convs are for different images, before training."""
+    spread = {}
+    for init in ("xavier-gain1", "xavier"):
+        torch.manual_seed(0)
+        net = models.build("tinyimagenet-teacher", 200, (3, 64, 64), init, "avg")
+        with torch.no_grad():
+            noise = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+            spread[init] = net(noise).std(0).mean().item()
+    return (f"ln 200 = {math.log(200):.4f}; deviation of 12 convs' outputs over images: "
+            f"{spread['xavier-gain1']:.2g} as printed, {spread['xavier']:.2g} with the ReLU gain")
+
+
+def pools():
+    """The side of an image after each conv (k3 p1) and 2×2 pool."""
+    sides = [32]
+    while sides[-1] and len(sides) <= 8:
+        sides.append(calc.output_size(calc.output_size(sides[-1], 3, padding=1), 2, stride=2)
+                     if sides[-1] > 1 else 0)
+    return " → ".join(map(str, sides))
+
+
+# ---- comparisons of published runs ------------------------------------------------------------
+
+def reports(folder=PUBLISHED):
+    """Recipe -> its published report."""
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(Path(folder).glob("*/report.json"))}
+
+
+def compared(known, title, sign, words=("holds", "the reverse holds")):
+    """Return (what every recipe measured, the verdict on a claim that the difference has a sign).
+    """
+    texts, verdicts = [], {}
+    for recipe, report in known.items():
+        entry = next((c["best"] for c in report["comparisons"] if c["title"] == title), None)
+        if not entry or not entry["n"] or entry["verdict"] == "no conclusion":
+            continue
+        bounds = "one seed" if entry["low"] is None else (
+            f"{entry['low']:+.2f} to {entry['high']:+.2f}, n {entry['n']}")
+        texts.append(f"{recipe} {entry['mean']:+.2f} ({bounds})")
+        told = entry["verdict"]
+        if told != "cannot tell":
+            told = words[(told == "helps") != (sign > 0)]
+        verdicts.setdefault(told, []).append(recipe)
+    if not texts:
+        return "not measured", "not measured"
+    verdict = "; ".join(f"{told}: {', '.join(names)}" if len(verdicts) > 1 else told
+                        for told, names in verdicts.items())
+    return f"points of test accuracy, {title}: " + "; ".join(texts), verdict
+
+
+def overfit(known):
+    """Train minus test accuracy of the teacher of report 002's recipe, at its last epoch."""
+    gaps = []
+    for path in sorted((PUBLISHED / "cifar10-he-max").glob("teacher-s*/final.json")):
+        last = path.with_name("metrics.csv").read_text().splitlines()[-1].split(",")
+        gaps.append(100 * (float(last[2]) - json.loads(path.read_text())["last_test_accuracy"]))
+    if not gaps:
+        return "not measured", "not measured"
+    told = ", ".join(f"{gap:.1f}" for gap in gaps)
+    return (f"points between train and test with augmentation, last epoch: {told}; epochs chosen "
+            "on a tenth of train"), "mended"
+
+
+def claims(known):
+    """Return a dict for each claim of the reports: report, claim, printed, measured, verdict."""
+    lines = (
+        ("000", "a student that learns the teacher's raw outputs by cross-entropy",
+         "loss −1.5 million", unbounded(), "wrong: no lower bound"),
+        ("000", "with EMA against without", "the same test figures in all 10 epochs",
+         *compared(known, "average - its student", 1, ("the average is better", "it is worse"))),
+        ("000", "accuracy", "0.0003, where chance is 0.005",
+         "correct / N, exact for 20 million rows (tests)", "wrong divisor"),
+        ("000", "T = 5 on the teacher's side only, without T²", "-", temperature(),
+         "wrong: T on both sides, and T²"),
+        ("000, 001", "networks that are compared with others", "loss 5.2983, 5.2994",
+         twelve_convs(), "they had learned nothing"),
+        ("001", "the student is better than the teacher", "2.95 against 0.61",
+         *compared(known, "student alone - teacher", 1)),
+        ("001", "KLDivLoss() as it comes", "-", kl_of_200(),
+         "wrong: 200 times too weak for 200 classes"),
+        ("001", "with EMA", "loss 3.7088 and 2.95 % in every epoch",
+         f"0.7·ln 200 = {0.7 * math.log(200):.4f}, the loss at chance; "
+         + compared(known, "kd, average - kd", 1)[0],
+         "wrong: not what was trained was scored"),
+        ("002", "kd alone is worse than kd with the labels", "50.58 against 48.85, the reverse",
+         *compared(known, "kd-only - kd", -1)),
+        ("002", "best epochs, chosen on test", "94.45 on train, 54.06 on test", *overfit(known)),
+        ("002", "EMA as the teacher, from random weights", "47.24, without 45.76",
+         *compared(known, "kd-ema - student alone", 1)),
+        ("003", "a teacher improves the student drastically", "10.5 → 68.5",
+         *compared(known, "kd - student alone", 1)),
+        ("003", "EMA improves the student", "68.5 → 72.65, of another architecture",
+         *compared(known, "mean teacher, student - alone", 1)),
+        ("004", "8 convs, each with a 2×2 pool, on 32×32", "-", pools(),
+         "impossible: the sixth pool has nothing left"),
+        ("004", "test loss", "0.000013 at 88 %", f"0.000013 · 26032 = {0.000013 * 26032:.2f}",
+         "wrong: divided twice"),
+        ("004", "better than the same student without the teacher", "no number",
+         *compared({k: v for k, v in known.items() if k == "svhn-xavier-avg"},
+                   "kd - student alone", 1)))
+    names = ("report", "claim", "printed", "measured", "verdict")
+    return [dict(zip(names, line, strict=True)) for line in lines]
+
+
+def main(folder=PUBLISHED):
+    found = claims(reports(folder))
+    write_whole(Path(folder) / "claims.json", (json.dumps(found, indent=1) + "\n").encode())
+    for one in found:
+        print(f"{one['report']}: {one['claim']}\n  printed   {one['printed']}\n"
+              f"  measured  {one['measured']}\n  verdict   {one['verdict']}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

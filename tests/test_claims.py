@@ -1,0 +1,61 @@
+"""The table of the reports' claims: verdicts from intervals, and the sums done another way."""
+import json
+import math
+
+import claims
+import numpy as np
+import pytest
+
+
+def known(low, high, verdict, title="kd - student alone", n=5):
+    mean = None if low is None else (low + high) / 2
+    best = dict(n=n, mean=mean, low=low, high=high, verdict=verdict)
+    return {"comparisons": [dict(title=title, best=best)]}
+
+
+@pytest.mark.parametrize("sign, verdict, expected", [
+    (1, "helps", "holds"), (1, "hurts", "the reverse holds"), (-1, "hurts", "holds"),
+    (-1, "helps", "the reverse holds"), (1, "cannot tell", "cannot tell")])
+def test_a_verdict_follows_from_the_sign(sign, verdict, expected):
+    text, told = claims.compared({"digits": known(0.5, 1.5, verdict)}, "kd - student alone", sign)
+    assert told == expected and "digits +1.00 (+0.50 to +1.50, n 5)" in text
+
+
+def test_recipes_that_disagree_are_named():
+    text, told = claims.compared({
+        "a": known(0.5, 1.5, "helps"), "b": known(-3, -1, "hurts"), "c": known(0.1, 2, "helps"),
+        "d": known(0, 0, "no conclusion"), "e": known(0, 0, "helps", "another")},
+        "kd - student alone", 1)
+    assert told == "holds: a, c; the reverse holds: b" and "; d " not in text
+
+
+def test_what_no_run_compares_is_not_measured():
+    assert claims.compared({}, "kd - student alone", 1) == ("not measured", "not measured")
+
+
+def test_sides_are_those_of_repeated_halving():
+    assert claims.pools() == " → ".join(str(32 // 2 ** i) for i in range(7))
+
+
+def test_the_gradient_with_and_without_the_square():
+    """Softmax differences by hand, in NumPy."""
+    import torch
+    g = torch.Generator().manual_seed(0)
+    s, t = (x.double().numpy() for x in torch.randn(2, 512, 200, generator=g))
+
+    def size(temperature):
+        p, q = (np.exp(x / temperature) for x in (s, t))
+        return np.linalg.norm(p / p.sum(1, keepdims=True) - q / q.sum(1, keepdims=True)) * (
+            temperature)         # T²·(p − q)/T
+
+    ratio = size(5) / size(1)
+    assert f"{ratio:.2f} with T²" in claims.temperature()
+    assert f"{ratio / 25:.3f} without" in claims.temperature()
+
+
+def test_the_published_table_is_that_of_the_published_runs():
+    kept = json.loads((claims.PUBLISHED / "claims.json").read_text())
+    assert len(kept) == 16 and f"{0.7 * math.log(200):.4f}" == "3.7088"
+    for old, new in zip(kept, claims.claims(claims.reports()), strict=True):
+        if "points of" in new["measured"] or "not measured" in new["measured"]:
+            assert old == new, "stale: make claims readme"
