@@ -45,7 +45,7 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test lint help clean report html publish readme bench claims notebook \
+        sweep-labels sweep-views sweep-mlp setup test test-dev lint dev help clean report html publish readme bench claims notebook \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -154,10 +154,16 @@ notebook: $(READY)  ## tutor.ipynb from the sources
 test: $(READY)  ## set up and run the tests
 	$(PYTHON) -m pytest -q
 
-lint: $(READY)  ## ruff, a tool for development, installed on first use
-	@$(PYTHON) -m ruff --version >/dev/null 2>&1 || \
-	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements-dev.txt
+lint: dev  ## ruff
 	$(PYTHON) -m ruff check .
+
+test-dev: dev  ## the tests that need tools for development: the notebook in a kernel, timm's EMA
+	$(PYTHON) -m pytest -q tests/test_notebook.py tests/test_common.py -k "notebook or timm"
+
+dev: $(READY)
+	@$(PYTHON) -c "import ruff, timm, nbclient, nbformat, ipykernel" >/dev/null 2>&1 || \
+	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
+	  -r requirements-dev.txt -c constraints.txt
 
 clean:  ## remove .venv, results, caches; keep what is published
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -154,6 +154,9 @@ def guard(args):
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):
             fail("another process ended; the same command with --resume goes on after the last "
                  f"finished epoch ({text.splitlines()[0][:100]})", 1)
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            fail(f"--compile: PyTorch could not compile this network ({text.splitlines()[0]}); "
+                 "leave --compile out, or mend that")
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
                 "not enough memory|allocate memory|bad_alloc|out of memory", text)):
             raise

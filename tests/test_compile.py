@@ -1,5 +1,9 @@
 """--compile changes the speed, and nothing that a run leaves behind."""
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -7,10 +11,10 @@ import tiny
 import common
 import train_student
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 FLAGS = ("--ema-decay", 0.9, "--norm", "batch")
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
 def test_a_compiled_run_learns_the_same_and_is_resumed_exactly(easy, tmp_path, monkeypatch):
     def run(name, *flags):
         tiny.run(train_student, easy, tmp_path, *FLAGS, "--run", name, *flags, epochs=3)
@@ -37,3 +41,12 @@ def test_a_compiled_run_learns_the_same_and_is_resumed_exactly(easy, tmp_path, m
     one, two = tiny.outcome(whole), tiny.outcome(resumed)
     assert one["final"].pop("run") != two["final"].pop("run")
     assert tiny.same(one, two)
+
+
+def test_without_a_compiler_one_line_says_so(easy, tmp_path):
+    words = tiny.words(easy, tmp_path, "--compile", epochs=1)
+    environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, Path(common.__file__).with_name("train_student.py"),
+                           *words], text=True, capture_output=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: --compile: ") and "compiler" in done.stderr
