@@ -1,244 +1,309 @@
-"""Pictures of runs, and predictions for pictures of one's own.
+"""Look at one trained network: a page of pictures, and predictions for pictures of one's own.
 
+    python look.py results/digits/kd-s0                     writes look.html there, teacher beside
+    python look.py --average results/digits/mean-teacher-s0
+    python look.py results/digits/student-s0 --beside results/digits/kd-s0
     python look.py predict results/digits/kd-s0 photo.png another.jpg
     python look.py predict --average results/digits/mean-teacher-s0 photo.png
 
-Figures are made without pyplot: no window, no global state, nothing to close.
+The page is one file: test images with prediction and truth, first-layer filters, the most confident
+mistakes, saliency maps, what each class wants to see, and two networks on the same images.
 """
-
-import io
-import math
+import html
 from pathlib import Path
-from statistics import mean
+from types import SimpleNamespace
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from PIL import Image
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
 
-from flags import Parser, fail, launch, words
-from runs import write_whole
+import common
+import data
+import models
+import readers
+from compare import against, log_softmax
+from flags import FLAGS, Parser, fail, launch, number, say, words
+from render import frame, section, tile
+from runs import read_json, short, write_whole
 
-# Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
-# paper), each with its own line style, so that a print in grey can still be read.
-STYLES = {
-    "teacher": ("#000000", "-"),
-    "student": ("#D55E00", (0, (5, 2))),
-    "kd": ("#0072B2", "-"),
-    "kd-only": ("#56B4E9", (0, (6, 2, 1, 2))),
-    "kd-ema": ("#8C6BB1", (0, (1, 1))),
-    "kd-ema/average": ("#8C6BB1", (0, (3, 1, 1, 1, 1, 1))),
-    "mean-teacher": ("#009E73", (0, (3, 1.5))),
-    "mean-teacher/average": ("#009E73", "-"),
-    "mean-teacher/recomputed": ("#009E73", (0, (1, 3))),
-    "mean-teacher-no-ema": ("#CC79A7", (0, (1, 1.5))),
-}
-OTHER_COLOURS = ("#7F7F7F", "#E69F00", "#8C564B", "#4D4D9F", "#A0A000")
-OTHER_LINES = ((0, (8, 2)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2, 1, 2)))
-TEXT = 10  # points, in figures 10 inches wide: 5 points where a page is 5 inches wide
-MOST_BYTES = 200_000
+FILTERS = 32        # of the first layer that are shown
+# Activation maximisation. A step is the gradient scaled to this root mean square, so that networks
+# with large and with small logits walk alike. Without blur and shifts the pictures of convolutional
+# networks are stripes: patterns that a pixel's shift would undo.
+STEPS, STEP, WEIGHT, START, BLURRED = 96, 0.02, 0.05, 0.01, 4
+PAPER = "Simonyan, Vedaldi &amp; Zisserman 2013, arXiv 1312.6034"
 
 
-def style(key, number=0):
-    """Colour and line style of a row; `number` tells rows that STYLES does not hold apart."""
-    other = OTHER_COLOURS[number % len(OTHER_COLOURS)], OTHER_LINES[number % len(OTHER_LINES)]
-    return STYLES.get(key, other)
+# ---- networks ---------------------------------------------------------------------------------
 
+def open_network(run, device="cpu", average=False):
+    """Return one trained network: file, name, network, card, and logits, a function of pixels
+    (B, 3, H, W) from 0 to 1, which it normalises as the network was trained.
 
-def draw_curves(history_rows, path, title="", chance=None):
-    """Draw loss and accuracy of one run over its epochs, training and validation together.
-
-    history_rows: dicts with the columns of metrics.csv, values float or None (None is not drawn);
-    path: the PNG to write; chance: the accuracy of guessing, from 0 to 1, as a dotted line.
+    run: a run's folder, or its best.pt; average: the average of the weights.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    lines = {
-        "train": ("training", "#D55E00", (0, (5, 2))),
-        "val": ("validation", "#0072B2", "-"),
-        "ema_val": ("validation, average of the weights", "#009E73", (0, (6, 2, 1, 2))),
-    }
-    for axes, quantity, scale in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
-        for part, (meaning, colour, line) in lines.items():
-            epochs, values = _column(history_rows, f"{part}_{quantity}", scale)
-            if epochs:
-                axes.plot(epochs, values, color=colour, linestyle=line, label=meaning,
-                          linewidth=1.8, **_dots(epochs))
-        _epoch_axis(axes)
-    # The training loss is the run's own objective, which need not be on the same scale.
-    _plain(loss_axes, "loss (validation: cross-entropy)")
-    _percent_axis(accuracy_axes, "accuracy (%)", chance)
-    handles, labels = accuracy_axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False,
-                      fontsize=TEXT, handlelength=3.5)
-    if title:
-        figure.suptitle(title, fontsize=TEXT + 1)
-    _save(figure, path)
+    file = Path(run)
+    file = file / "best.pt" if file.is_dir() else file
+    network, card = models.load(file, average)
+    network = network.to(device, memory_format=torch.channels_last)
+    mean, std = (torch.tensor(card[key], dtype=torch.float32, device=device).view(1, 3, 1, 1)
+                 for key in ("mean", "std"))
+    return SimpleNamespace(
+        file=file, name=file.resolve().parent.name + ", average" * average, network=network,
+        card=card, epoch=card.get("ema_epoch" if average else "epoch"), device=device,
+        logits=lambda pixels: network((pixels - mean) / std))
 
 
-def draw_comparison(rows, runs, path, title="", chance=None):
-    """Draw all runs of a recipe: accuracy and loss over epochs, and the final test accuracies.
+def outputs(one, test):
+    """Return a network's logits on a split, (N, classes), and the precision used."""
+    precision = common.pick_precision("auto", one.device)
+    batches = data.Batches(test, one.card["mean"], one.card["std"], 500, one.device)
+    common.evaluate(one.network, batches, precision, kept := [])
+    return torch.cat(kept).cpu().numpy(), precision
 
-    rows: of runs.make_rows; runs: of runs.read_runs; path: the PNG to write; chance: as above.
-    Several seeds: the line is their mean, the band goes from the lowest to the highest.
+
+def read_config(file):
+    """Return the config.json beside a best.pt: it names the images to test on."""
+    path = file.parent / "config.json"
+    if not path.is_file():
+        fail(f"{path}: no such file, and only it names the test images of {file.name}; give the "
+             "whole folder of a run, or pictures of your own: look.py predict RUN IMAGE")
+    config = read_json(path)
+    for key in ("dataset", "data_dir", "data_key"):
+        if not isinstance(config, dict) or key not in config:
+            fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
+    return config
+
+
+def test_split(config, card, file, data_dir=None):
+    """Return the test split that a run was scored on; refuse other images, by their key."""
+    data_dir, size = data_dir or config["data_dir"], card["build"]["image_shape"][1]
+    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card["fit"])
+    if splits.key != config["data_key"]:
+        fail(f"{data_dir}: not the images of {file} (data key {short(splits.key)}, in its "
+             f"config.json {short(config['data_key'])}); give the right ones with --data-dir")
+    return splits.test
+
+
+def companion(one, config, beside=None, average=False):
+    """Return (the network to set beside this one, or None; why there is none).
+
+    beside: a run; without it the teacher that config.json names, if its weights are still those
+    that taught; for a student of its own average, that average (or, of the average, the student).
     """
-    histories = {run["name"]: run["history"] for run in runs}
-    rows = [{**row, "histories": [histories[name] for name in row["runs"]]} for row in rows]
-    legend_lines = math.ceil(len(rows) / 3)
-    figure = Figure(figsize=(10, max(5.8, 3.2 + 0.34 * len(rows)) + 0.25 * legend_lines),
-                    layout="constrained")
-    panels = figure.subplot_mosaic([["accuracy", "test"], ["loss", "test"]],
-                                   width_ratios=(1.15, 1), height_ratios=(1.9, 1))
-    seen, highest = 0, []
-    for row in rows:
-        row["colour"], row["line"] = style(row["key"], seen)
-        seen += row["key"] not in STYLES
-        if not row["prefix"]:  # an average is not trained: its student's line stands for both
-            _mean_line(panels["accuracy"], row, "train_accuracy", 100, faint=True)
-        _mean_line(panels["accuracy"], row, f"{row['prefix']}val_accuracy", 100)
-        highest += _mean_line(panels["loss"], row, f"{row['prefix']}val_loss", 1)
-    _epoch_axis(panels["accuracy"])
-    _epoch_axis(panels["loss"])
-    _percent_axis(panels["accuracy"], "validation accuracy (%)\nthin, faint: training", chance)
-    _plain(panels["loss"], "validation loss\n(cross-entropy)")
-    if highest:  # a first epoch far above the rest must not flatten every later difference
-        late = max(value for values in highest for value in values[len(values) // 5:])
-        if max(map(max, highest)) > 3 * late:
-            panels["loss"].set_ylim(top=1.2 * late)
-    _test_panel(panels["test"], rows, chance)
-    handles, labels = panels["loss"].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False,
-                      fontsize=TEXT, handlelength=4.5)
-    if title:
-        figure.suptitle(title, fontsize=TEXT + 2)
-    _save(figure, path)
+    if beside:
+        other = open_network(beside, one.device)
+    elif config.get("teacher_sha256"):
+        default = one.file.parent.parent / f"teacher-s{config.get('seed')}" / "best.pt"
+        path = Path(config.get("teacher") or default)
+        if not path.is_file():
+            return None, f"its teacher is not in {path}"
+        other = open_network(path, one.device)
+        if models.weights_sha256(other.card["model"]) != config["teacher_sha256"]:
+            return None, f"{path} is not the network that taught it (other weights)"
+    elif config.get("objective") and one.card.get("ema") is not None:
+        other = open_network(one.file, one.device, not average)
+    else:
+        return None, "its config.json names no teacher"
+    mine, theirs = ((list(n.card["classes"]), list(n.card["build"]["image_shape"]))
+                    for n in (one, other))
+    if mine != theirs:
+        fail(f"{other.file}: {len(theirs[0])} classes, {theirs[0][0]!r} the first, images of "
+             f"{theirs[1]}; {one.file}: {len(mine[0])}, {mine[0][0]!r}, {mine[1]}; both must be of "
+             "the same images and classes: give another --beside")
+    if other.name == one.name:
+        one.name, other.name = str(one.file.parent), str(other.file.parent)
+    return other, None
 
 
-def draw_details(panels, path):
-    """Write a PNG: reliability diagram and confusion matrix of each network.
+# ---- what to look at --------------------------------------------------------------------------
 
-    panels: title -> (bins of compare.calibration, counts of compare.confusion).
+def mistakes(logits, labels):
+    """Return the rows that are wrong, surest first; logits (N, classes), labels (N,)."""
+    wrong = np.flatnonzero(logits.argmax(1) != labels)
+    return wrong[np.argsort(-log_softmax(logits[wrong]).max(1), kind="stable")]
+
+
+def filters(network, image_shape, count=FILTERS):
+    """Return the weights of the first layer, (at most count, 3, k, k), largest norm first, and
+    how many there are; those of a fully connected layer as images of image_shape."""
+    layer = next(m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    weight = layer.weight.detach().float().cpu()
+    weight = weight.view(len(weight), *image_shape) if weight.ndim == 2 else weight
+    order = weight.flatten(1).norm(dim=1).argsort(descending=True, stable=True)
+    return weight[order[:count]], len(weight)
+
+
+def saliency(logits, pixels, classes):
+    """Return |d logit / d pixel|, (B, H, W), the largest of the channels.
+
+    logits: a function of pixels (B, 3, H, W); classes (B,): the logit of each image. Simonyan,
+    Vedaldi & Zisserman 2013, arXiv 1312.6034, section 3.
     """
-    figure = Figure(figsize=(2.9 * len(panels) + 0.6, 6), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False)
-    for column, (title, (bins, counts)) in enumerate(panels.items()):
-        top, low = axes[:, column]
-        sure, share, rows = zip(*bins, strict=True)
-        top.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1.2)
-        top.plot(sure, share, color="#0072B2", linewidth=1.2)
-        top.scatter(sure, share, [12 + 160 * n / sum(rows) for n in rows], color="#0072B2")
-        top.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        top.set_title(_short(title), fontsize=TEXT)
-        _plain(top, "share that is right" if not column else None, "confidence")
-        image = low.imshow(counts / counts.sum(1, keepdims=True).clip(1), vmin=0, vmax=1,
-                           cmap="cividis")
-        _plain(low, "true class" if not column else None, "class that was said")
-    figure.colorbar(image, ax=list(axes[1]), shrink=0.8, label="share of the true class")
-    _save(figure, path)
+    pixels = pixels.detach().requires_grad_()
+    chosen = logits(pixels).gather(1, classes[:, None]).sum()       # images do not mix
+    (slope,) = torch.autograd.grad(chosen, pixels)
+    return slope.abs().amax(1)
 
 
-def _test_panel(axes, rows, chance):
-    """Dots with values: the mean of the seeds, each seed faintly, first row on top."""
-    everything = [100 * value for row in rows for value in row["test_accuracy"]["values"]]
-    low, high = min(everything), max(everything)
-    room = max(high - low, 4)
-    axes.set_xlim(max(0, low - 0.12 * room) if low > 0 else -1, high + 0.3 * room)
-    for place, row in enumerate(rows):
-        values = [100 * value for value in row["test_accuracy"]["values"]]
-        middle = mean(values)
-        axes.plot([min(values), max(values)], [place, place], color=row["colour"], linewidth=2)
-        axes.plot(values, [place] * len(values), "o", color=row["colour"], markersize=4, alpha=0.4)
-        axes.plot([middle], [place], "o", color=row["colour"], markersize=9, markeredgewidth=1.8,
-                  markerfacecolor=row["colour"] if row["learned"] else "white")
-        axes.annotate(f"{middle:.2f}" + ("" if row["learned"] else " (!)"), (max(values), place),
-                      xytext=(9, 0), textcoords="offset points", va="center", fontsize=TEXT)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
-    seeds = max(len(row["seeds"]) for row in rows)
-    label = "test accuracy (%) of the best validation epoch"
-    label += "\nlarge: mean, small: each seed" if seeds > 1 else ""
-    label += "" if all(row["learned"] for row in rows) else "\n(!) hollow: learned nothing"
-    _plain(axes, None, label)
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    if chance is not None and 100 * chance >= axes.get_xlim()[0]:
-        axes.axvline(100 * chance, color="#555555", linestyle=":", linewidth=1.2)
+def maximise(logits, classes, grey, size, seed=0, steps=STEPS):
+    """Return an image for each class that makes its logit large, (len(classes), 3, size, size), in
+    steps of 1/255 from 0 to 1.
+
+    Gradient ascent on logit − λ·‖image − grey‖², the same paper, section 2; grey: the colour that
+    it starts from, (3,). Each gradient is taken with the image rolled by up to an eighth of its
+    side, and every few steps the image is blurred by half.
+    """
+    g, place = torch.Generator().manual_seed(seed), classes.device
+    grey = torch.tensor(grey, dtype=torch.float32, device=place).view(1, 3, 1, 1)
+    # The noise breaks ties: of equal values a max pool would pass the gradient to the first alone.
+    noise = START * torch.randn(len(classes), 3, size, size, generator=g).to(place)
+    x = (grey + noise).clamp(0, 1)
+    for step in range(steps):
+        shift = torch.randint(-(size // 8), size // 8 + 1, (2,), generator=g).tolist()
+        x.requires_grad_()
+        score = logits(x.roll(shift, (2, 3))).gather(1, classes[:, None]).sum()
+        score = score - WEIGHT * (x - grey).pow(2).sum()
+        (slope,) = torch.autograd.grad(score, x)
+        length = slope.pow(2).mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        x = (x.detach() + STEP * slope / length).clamp(0, 1)
+        if step % BLURRED == 0 and step < steps - BLURRED:
+            x = (x + F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)) / 2
+    return (x * 255).round() / 255
 
 
-def _mean_line(axes, row, column, scale, faint=False):
-    """Draw one column: mean over the seeds, min-max band; returns [the highest values], or []."""
-    seeds = [dict(zip(*_column(history, column, scale), strict=True))
-             for history in row["histories"]]
-    epochs = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
-    if not epochs:
-        return []
-    values = [[seed[epoch] for seed in seeds] for epoch in epochs]
-    middle = [mean(at) for at in values]
-    low, high = [min(at) for at in values], [max(at) for at in values]
-    if faint:
-        axes.plot(epochs, middle, color=row["colour"], linestyle=row["line"], linewidth=0.9,
-                  alpha=0.45)
-        return []
-    if len(seeds) > 1:
-        axes.fill_between(epochs, low, high, color=row["colour"], alpha=0.15, linewidth=0)
-    axes.plot(epochs, middle, color=row["colour"], linestyle=row["line"], linewidth=1.9,
-              label=_short(row["label"]), **_dots(epochs))
-    return [high]
+# ---- the page ---------------------------------------------------------------------------------
+
+def as_bytes(values):
+    """Return images (B, 3, H, W) or maps (B, H, W), from 0 to 1, as uint8, channels last."""
+    values = (values.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+    return (values.permute(0, 2, 3, 1) if values.ndim == 4 else values).contiguous().numpy()
 
 
-def _column(rows, name, scale):
-    """Epochs and values of one column, without what is missing or not finite."""
-    pairs = [(int(row["epoch"]), scale * row[name]) for row in rows
-             if row.get(name) is not None and math.isfinite(row[name])]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+def heat(maps):
+    """Return maps (B, H, W) as uint8, each divided by its own largest value."""
+    return as_bytes(maps / maps.flatten(1).amax(1)[:, None, None].clamp(min=1e-30))
 
 
-def _dots(epochs):
-    return {"marker": "o", "markersize": 3} if len(epochs) < 3 else {}
+def test_tiles(test, rows, seen, maps=True):
+    """Return a figure for each of some test images: the image, with maps a saliency map for each
+    network of seen, ((network, its logits on test), ...), and what they say."""
+    labels, names = test.labels[rows], seen[0][0].card["classes"]
+    pixels = torch.from_numpy(test.images[rows]).to(seen[0][0].device).permute(0, 3, 1, 2) / 255
+    pictures = [[(image, f"test image {row}: {names[label]}")] for image, row, label in
+                zip(as_bytes(pixels), rows, labels, strict=True)]
+    lines, wrong = [[] for _ in rows], np.zeros(len(rows), bool)
+    for one, logits in seen:
+        said = logits[rows].argmax(1)
+        chances = 100 * np.exp(log_softmax(logits[rows]).max(1))
+        hot = heat(saliency(one.logits, pixels, torch.from_numpy(said).to(one.device)))
+        wrong |= said != labels
+        for i, c in enumerate(said):
+            mark = "✗" if c != labels[i] else "✓"
+            who = f"{one.name}:" if len(seen) > 1 else "says"
+            lines[i].append(f"{mark} {who} {names[c]}, {chances[i]:.1f} %")
+            pictures[i] += [(hot[i], f"saliency of {names[c]}, {one.name}")] if maps else []
+    for line, label, row in zip(lines, labels, rows, strict=True):
+        line.append(f"is {names[label]} · #{row}")
+    return [tile(*parts) for parts in zip(pictures, lines, wrong, strict=True)]
 
 
-def _short(label):
-    return label if len(label) <= 28 else label[:26] + ".."
+def filter_section(one):
+    """Return the section of the first layer's weights."""
+    weights, total = filters(one.network, one.card["build"]["image_shape"])
+    scaled = weights / weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    some = f"The {len(weights)} largest of {total}" if len(weights) < total else f"All {total}"
+    return section("First layer", (
+        f"{some} filters of the first layer, {weights.shape[3]}×{weights.shape[2]} pixels, by the "
+        "norm of their weights. Red, green and blue are the weights of these channels, each "
+        "filter divided by its own largest absolute weight; mid-grey is 0."),
+        [tile([(image, f"filter {i}")], ())
+         for i, image in enumerate(as_bytes((scaled + 1) / 2), 1)], "4rem")
 
 
-def _plain(axes, ylabel, xlabel=None):
-    if ylabel:
-        axes.set_ylabel(ylabel, fontsize=TEXT)
-    if xlabel:
-        axes.set_xlabel(xlabel, fontsize=TEXT)
-    axes.tick_params(labelsize=TEXT)
-    axes.spines[["top", "right"]].set_visible(False)
+def class_section(one, classes, seed):
+    """Return (section, {class: probability reached}) of activation maximisation."""
+    card, chosen = one.card, torch.tensor(classes, device=one.device)
+    names, total = [card["classes"][c] for c in classes], len(card["classes"])
+    found = maximise(one.logits, chosen, card["mean"], card["build"]["image_shape"][1], seed)
+    with torch.no_grad():
+        reached = one.logits(found).softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
+    drawn = f"{len(names)} of {total} classes, drawn with seed {seed}. " * (len(names) < total)
+    return section("What a class wants to see", (
+        f"{drawn}Activation maximisation ({PAPER}, section 2): {STEPS} steps up the gradient of "
+        f"logit − λ·‖image − mean‖², λ {WEIGHT}, pixels from 0 to 1, from the mean colour of the "
+        f"train images with noise of deviation {START}, seed {seed}; a step is the gradient "
+        f"scaled to a root mean square of {STEP}. Not in the paper: at each step the image is "
+        f"rolled by up to an eighth of its side, and every {BLURRED} steps averaged with its own "
+        "3×3 blur. Below: the class, and its probability on the image as it is shown."),
+        [tile([(image, f"an image for the class {name}")], (f"{name}, {100 * p:.0f} %",))
+         for image, name, p in zip(as_bytes(found), names, reached, strict=True)],
+    ), dict(zip(names, reached, strict=True))
 
 
-def _epoch_axis(axes):
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    _plain(axes, None, "epoch")
+def beside_section(test, mine, theirs, order, count):
+    """Return (section, agreement) of two networks, each (network, its logits on test)."""
+    (one, a), (other, b) = mine, theirs
+    agreement, divergence = against(a, b)
+    right = [logits.argmax(1) == test.labels for logits in (a, b)]
+    differ = order[(a.argmax(1) != b.argmax(1))[order]][:count - count // 3]
+    agree = order[(a.argmax(1) == b.argmax(1))[order]][:count - len(differ)]
+    shares = [(np.mean(x & y), title) for title, x, y in (
+        ("both are right", *right), (f"only {one.name}", right[0], ~right[1]),
+        (f"only {other.name}", ~right[0], right[1]), ("neither", ~right[0], ~right[1]))]
+    told = ", ".join(f"{html.escape(title)} on {100 * share:.2f} %" for share, title in shares)
+    names = html.escape(f"{one.name} and {other.name}")
+    return section(f"{names} on the same images", (
+        f"Of {len(a)} test images they say the same class on {100 * agreement:.2f} %; {told}. Mean "
+        f"KL from {html.escape(other.name)} to {html.escape(one.name)}: {divergence:.3f}. Each "
+        f"image, its saliency for {names} (of the class that each says, as above); {len(differ)} "
+        f"images on which they differ, then {len(agree)} on which they agree."),
+        test_tiles(test, np.concatenate([differ, agree]), (mine, theirs)), "20rem"), agreement
 
 
-def _percent_axis(axes, label, chance):
-    _plain(axes, label)
-    axes.set_ylim(0, min(101, 1.03 * axes.get_ylim()[1]))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    if chance is not None:
-        axes.axhline(100 * chance, color="#555555", linestyle=":", linewidth=1.2)
-        below = 100 * chance > 0.08 * axes.get_ylim()[1]  # where no curve should be
-        axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"),
-                      xytext=(-2, -3 if below else 3), textcoords="offset points", ha="right",
-                      va="top" if below else "bottom", fontsize=TEXT - 1, color="#555555")
-
-
-def _save(figure, path):
-    """Write the PNG in 256 colours, coarser where it would still pass 200 KB."""
-    for dots_per_inch in (150, 110, 80, 60):
-        buffer, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dots_per_inch)
-        Image.open(buffer).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-        if small.tell() < MOST_BYTES:
-            break
-    write_whole(Path(path), small.getvalue())
+def build(args):
+    """Return (the page as HTML, the network, what main returns)."""
+    device = common.pick_device(args.device)
+    one = open_network(args.run, device, args.average)
+    config, names = read_config(one.file), one.card["classes"]
+    test = test_split(config, one.card, one.file, args.data_dir)
+    other, why = companion(one, config, args.beside, args.average)
+    logits, precision = outputs(one, test)
+    rng, n = np.random.default_rng(args.seed), len(test.labels)
+    order, wrong = rng.permutation(n), mistakes(logits, test.labels)
+    sample, mine = order[:args.images], (one, logits)
+    classes = sorted(rng.permutation(len(names))[:args.images].tolist())
+    wanted, reached = class_section(one, classes, args.seed)
+    accuracy = 1 - len(wrong) / n
+    parts = [
+        f"<p>{html.escape(one.card['build']['arch'])}, {models.count_parameters(one.network):,} "
+        f"parameters, weights after epoch {one.epoch}. {n - len(wrong)} of {n} test images right "
+        f"({100 * accuracy:.2f} %); {html.escape(str(config['dataset']))}, {len(names)} classes; "
+        f"{device.type}, {precision}.</p>",
+        section("Test images", f"{len(sample)} of {n}, drawn with seed {args.seed}: the class that "
+                "the network says, its probability (softmax), the true class and the image's row.",
+                test_tiles(test, sample, (mine,), maps=False)),
+        filter_section(one),
+        section("Most confident mistakes", f"Of {len(wrong)} wrong test images those with the "
+                "highest probability." if len(wrong) else "None: every test image is right.",
+                test_tiles(test, wrong[:args.images], (mine,), maps=False) if len(wrong) else ()),
+        section("Saliency", "The first images again; beside each |d logit / d pixel| of the class "
+                f"that the network says, the largest of the three channels ({PAPER}, section 3). "
+                "White is the largest of its image.",
+                test_tiles(test, sample, (mine,)), "15rem"),
+        wanted]
+    agreement = None
+    if other:
+        found, agreement = beside_section(test, mine, (other, outputs(other, test)[0]), order,
+                                          args.images)
+        parts.append(found)
+    else:
+        parts.append(f"<h2>Beside another network</h2><p>None is shown: {html.escape(why)}; "
+                     "--beside RUN takes any run on the same images.</p>")
+    facts = dict(network=one.name, test_accuracy=accuracy, mistakes=len(wrong), reached=reached,
+                 beside=other and other.name, agreement=agreement)
+    return frame(f"Tutor: {one.name}", "\n".join(parts)), one, facts, why
 
 
 # ---- predictions ------------------------------------------------------------------------------
@@ -249,40 +314,67 @@ def predict(run, images, average=False, top=3):
     run: the run's folder or its best.pt; images: paths, of any size and mode. Returns a list of
     {"image", "class", "probability", "top": [(class, probability), …]}.
     """
-    import torch  # not at the top: the report draws without it
-
-    import models
-    import readers
-    path = Path(run)
-    network, card = models.load(path / "best.pt" if path.is_dir() else path, average)
-    size, found = card["build"]["image_shape"][1], []
+    one, found = open_network(run, average=average), []
     for image in images:
         try:
-            pixels = readers.read_image(Path(image), size, card["fit"])
+            pixels = readers.read_image(Path(image), one.card["build"]["image_shape"][1],
+                                        one.card["fit"])
         except ValueError as error:
             fail(error)
-        x = torch.tensor(pixels).float() / 255                          # (H, W, 3)
-        x = (x - torch.tensor(card["mean"])) / torch.tensor(card["std"])
-        shares = network(x.permute(2, 0, 1)[None].float()).softmax(1)[0]
+        x = torch.tensor(pixels).permute(2, 0, 1)[None] / 255               # (1, 3, H, W)
+        shares = one.logits(x).softmax(1)[0]
         best = shares.argsort(descending=True)[:top].tolist()
-        likely = [(card["classes"][i], float(shares[i])) for i in best]
+        likely = [(one.card["classes"][i], float(shares[i])) for i in best]
         found.append({"image": str(image), "class": likely[0][0], "probability": likely[0][1],
                       "top": likely})
     return found
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__, usage="%(prog)s predict [--average] RUN IMAGE [IMAGE ...]")
-    parser.add_argument("command", choices=["predict"], help="classify pictures")
+def main_predict(argv):
+    parser = Parser(prog="look.py predict", description=__doc__,
+                    usage="%(prog)s [--average] RUN IMAGE [IMAGE ...]")
     parser.add_argument("run", metavar="RUN", help="a run's folder, or a best.pt")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="any image that PIL reads")
     parser.add_argument("--average", action="store_true", help="use the average of the weights")
-    args = parser.parse_args(words(argv))
+    args = parser.parse_args(argv)
     found = predict(args.run, args.images, args.average)
     for one in found:
         shares = "  ".join(f"{name} {100 * p:.1f} %" for name, p in one["top"])
         print(f"{one['image']}: {shares}")
     return found
+
+
+def main(argv=None):
+    """Write the page of a run; returns a dict: page, network, test_accuracy, mistakes (a count),
+    reached ({class: probability}), beside, agreement. `predict`: its list."""
+    argv = words(argv)
+    if argv[:1] == ["predict"]:
+        return main_predict(argv[1:])
+    parser = Parser(description=__doc__, usage="%(prog)s RUN [--flag value ...]")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or the best.pt in it")
+    parser.add_argument("--average", action="store_true", help="use the average of the weights")
+    parser.add_argument("--beside", metavar="RUN", help="another run to set beside; default: the "
+                                                        "teacher that config.json names")
+    parser.add_argument("--images", type=number(int, 1, 100), default=12, metavar="N",
+                        help="images, and classes, of a section (12)")
+    parser.add_argument("--seed", default=0, **FLAGS["training"]["seed"])
+    parser.add_argument("--data-dir", metavar="DIR", help="where the images lie; default: where "
+                                                          "they lay")
+    parser.add_argument("--device", default="auto", **FLAGS["run"]["device"])
+    parser.add_argument("--out", metavar="FILE", help="where to; default: look.html in the run's "
+                                                      "folder")
+    args = parser.parse_args(argv)
+    page, one, facts, why = build(args)
+    path = Path(args.out or one.file.parent / "look.html")
+    try:
+        write_whole(path, page.encode())
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); give another --out FILE")
+    say(f"page     {path}, {len(page) / 1e6:.1f} MB")
+    say(f"test     {100 * facts['test_accuracy']:.2f} %, {facts['mistakes']} mistakes")
+    say(f"beside   {facts['beside']}, the same class on {100 * facts['agreement']:.2f} %"
+        if facts["beside"] else f"beside   none: {why}")
+    return dict(page=str(path), **facts)
 
 
 if __name__ == "__main__":

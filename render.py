@@ -1,7 +1,11 @@
-"""A report in words: Markdown, the terminal, one HTML file. Reports come from report.build."""
+"""A report in words: Markdown, the terminal, one HTML file; the frame and the tiles of look.py's
+page. Reports come from report.build."""
 import base64
 import html
+import io
 import textwrap
+
+from PIL import Image
 
 from compare import ROWS, label
 
@@ -21,6 +25,7 @@ COMMAND_OF = {
     "mean-teacher": "distill.py --objective consistency",
     "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
 }
+LARGEST = 160   # pixels a side of a picture in a tile
 MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
 
 
@@ -189,6 +194,14 @@ td.words { white-space: normal; text-align: left; min-width: 12rem; }
 img { max-width: 100%; height: auto; background: #fff; padding: .3rem; border-radius: 4px; }
 .runs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
+.tiles { display: grid; gap: 1rem .75rem; margin-top: .75rem;
+         grid-template-columns: repeat(auto-fill, minmax(var(--wide), 1fr)); }
+.tiles figcaption { overflow-wrap: anywhere; line-height: 1.35; opacity: 1; padding-top: .25rem;
+                    border-top: 3px solid transparent; }
+.tiles .wrong figcaption { border-top: 3px dashed; }
+.tiles img { flex: 1; width: 100%; min-width: 0; padding: 0; border-radius: 0; background: none;
+             image-rendering: pixelated; }
+.row { display: flex; gap: 3px; }
 @media print { body { max-width: none; } figure, table, h2, h3 { break-inside: avoid; }
                details > * { display: block; } }
 """
@@ -241,6 +254,36 @@ def sweep_section(folder):
             + picture(folder / "sweep.png", f"sweep {folder.name}"))
 
 
+def tile(pictures, lines, wrong=False):
+    """Return a figure: small pictures side by side, (uint8 array, what it shows) each, above lines
+    of text. Pixels are kept as they are, but for pictures of more than LARGEST a side."""
+    shown = []
+    for array, alt in pictures:
+        image, memory = Image.fromarray(array), io.BytesIO()
+        image.thumbnail((LARGEST, LARGEST))
+        image.save(memory, "PNG", optimize=True)
+        code = base64.b64encode(memory.getvalue()).decode()
+        shown.append(f'<img src="data:image/png;base64,{code}" alt="{html.escape(alt)}">')
+    caption = "<br>".join(html.escape(line) for line in lines)
+    return (f"<figure{' class=wrong' if wrong else ''}><div class=row>{''.join(shown)}</div>"
+            f"<figcaption>{caption}</figcaption></figure>")
+
+
+def section(title, caption, tiles, wide="9.5rem"):
+    """Return a section of tiles, each at least `wide`; title and caption are HTML."""
+    return (f'<h2>{title}</h2><p>{caption}</p>'
+            f'<div class=tiles style="--wide: {wide}">{"".join(tiles)}</div>')
+
+
+def frame(title, body):
+    """Return a whole page; title is text, body HTML."""
+    title = html.escape(title)
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{STYLE}</style></head><body>"
+            f"<h1>{title}</h1>{body}</body></html>\n")
+
+
 def html_page(root, reports, sweeps):
     """Return report.html of a results folder: the reports of its recipes, then its sweeps."""
     names = [found["recipe"] for found in reports] + ["sweeps"] * bool(sweeps)
@@ -248,7 +291,4 @@ def html_page(root, reports, sweeps):
     body = [recipe_section(root / found["recipe"], found) for found in reports]
     if sweeps:
         body += ['<h2 id="sweeps">Sweeps</h2>', *map(sweep_section, sweeps)]
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>Tutor: results</title><style>{STYLE}</style></head><body>"
-            f"<h1>Tutor: results</h1><nav>{links}</nav>" + "\n".join(body) + "</body></html>\n")
+    return frame("Tutor: results", f"<nav>{links}</nav>" + "\n".join(body))

@@ -28,7 +28,7 @@ from compare import (
     read_runs,
 )
 from flags import RECIPES, Parser, fail, launch, settings, words
-from look import MOST_BYTES, draw_comparison, draw_details
+from plots import MOST_BYTES, draw_comparison, draw_details
 from runs import SUMS, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json

@@ -26,7 +26,7 @@ FREE = {"results_dir", "data_dir", "run", "resume", "overwrite", "dry_run", "tea
         "init_from", "cache"}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
-             "curves.png", "test.npz")
+             "curves.png", "test.npz", "look.html")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
            "ema_val_accuracy", "lr", "seconds", "images_per_second")

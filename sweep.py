@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import compare
 import runs
 from flags import RECIPES, Parser, fail, say, settings
-from look import OTHER_COLOURS, OTHER_LINES, TEXT
+from plots import OTHER_COLOURS, OTHER_LINES, TEXT
 from render import pipes
 
 SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")

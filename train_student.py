@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import common
 import data
 import flags
-import look
 import models
+import plots
 import runs
 from device import guard, rank, wait, world
 
@@ -134,7 +134,7 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
     job.facts["teacher_seconds"] = teacher_seconds
     try:
         return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
-                          job.facts, average, look.draw_curves)
+                          job.facts, average, plots.draw_curves)
     except KeyboardInterrupt as error:
         flags.stopped(error, f"{job.folder}: ", "the same command with --resume goes on after its "
                                                 "last finished epoch")

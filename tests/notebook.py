@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tutor.ipynb"
 # In the order of reading: what a file imports stands above it.
 FILES = ("flags", "runs", "device", "common", "models", "digits", "download", "readers", "data",
-         "look", "train_student", "train_teacher", "distill", "calc", "compare", "sweep", "render",
-         "report")
+         "plots", "train_student", "train_teacher", "distill", "calc", "compare", "sweep", "render",
+         "report", "look")
 
 INTRODUCTION = """\
 # Tutor

@@ -13,7 +13,7 @@ from tiny import RECIPES, settings
 import common
 import distill
 import flags
-import look
+import plots
 import readers
 import report
 import train_teacher
@@ -126,7 +126,7 @@ def room(tmp_path):
 @pytest.mark.parametrize("recipe", CHAINS)
 def test_the_chain_of_a_recipe(recipe, room, few, request, monkeypatch):
     networks, init, pool, normalise, runs = CHAINS[recipe]
-    monkeypatch.setattr(look, "draw_curves", None)      # would take longer than the rest
+    monkeypatch.setattr(plots, "draw_curves", None)      # would take longer than the rest
     *lines, last = commands("all", f"RECIPE={recipe}", f"RESULTS={room}")
     more = ["--batch-size", 8, "--device", "cpu", "--precision", "fp32",
             *place_images(recipe, request)]

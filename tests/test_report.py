@@ -15,7 +15,7 @@ from fake_runs import SIX, make_run, make_six
 from PIL import Image
 
 import compare
-import look
+import plots
 import render
 import report
 
@@ -283,17 +283,17 @@ def test_pictures(tmp_path):
     assert size_of(folder / "comparison.png")[0] > 1000
     history = compare.read_runs(folder)[0][0]["history"]
     history[0]["val_loss"] = None  # as before the first validation, and where there is none
-    look.draw_curves(history, tmp_path / "curves.png", "teacher-s0", chance=0.1)
+    plots.draw_curves(history, tmp_path / "curves.png", "teacher-s0", chance=0.1)
     wide, high = size_of(tmp_path / "curves.png")
     assert wide > 2 * high
-    look.draw_curves(history[:1], tmp_path / "one.png")
+    plots.draw_curves(history[:1], tmp_path / "one.png")
     above_the_legend = Image.open(tmp_path / "one.png").convert("HSV").crop((0, 0, 1500, 500))
     assert sum(above_the_legend.getchannel("S").histogram()[100:]) > 50  # one epoch is seen, too
 
 
 def test_lines_of_a_picture_can_be_told_apart():
-    styles = [look.style(key, 0) for key in compare.ROWS]
-    styles += [look.style("another", number) for number in range(10)]
+    styles = [plots.style(key, 0) for key in compare.ROWS]
+    styles += [plots.style("another", number) for number in range(10)]
     assert len({str(style) for style in styles}) == len(styles)
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 import compare
-import look
+import plots
 import report
 import runs
 import train_teacher
@@ -14,7 +14,7 @@ import train_teacher
 
 def sweep(easy, results, *own, script="distill.py", flags=(), epochs=2):
     words = tiny.words(easy, results, *flags, epochs=epochs)
-    with mock.patch.object(look, "draw_curves", None):
+    with mock.patch.object(plots, "draw_curves", None):
         return report.main(["sweep", *own, "--", script, *words])
 
 

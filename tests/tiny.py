@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import distill
-import look
+import plots
 import train_student
 import train_teacher
 from flags import RECIPES, settings  # noqa: F401  (the tests take them from here)
@@ -66,8 +66,8 @@ def words(folder, results, *flags, epochs=2):
 
 def run(script, folder, results, *flags, epochs=2, curves=False):
     """A tiny run; return its final dict. Drawing the curves would take longer than the rest."""
-    draw = look.draw_curves if curves else None
-    with mock.patch.object(look, "draw_curves", draw):
+    draw = plots.draw_curves if curves else None
+    with mock.patch.object(plots, "draw_curves", draw):
         return script.main(words(folder, results, *flags, epochs=epochs))
 
 
