@@ -55,12 +55,11 @@ def open_network(run, device="cpu", average=False):
         logits=lambda pixels: network((pixels - mean) / std))
 
 
-def outputs(one, test):
-    """Return a network's logits on a split, (N, classes), and the precision used."""
-    precision = common.pick_precision("auto", one.device)
+def outputs(one, test, precision):
+    """Return a network's logits on a split, (N, classes)."""
     batches = data.Batches(test, one.card["mean"], one.card["std"], 500, one.device)
     common.evaluate(one.network, batches, precision, kept := [])
-    return torch.cat(kept).cpu().numpy(), precision
+    return torch.cat(kept).cpu().numpy()
 
 
 def read_config(file):
@@ -202,7 +201,7 @@ def test_tiles(test, rows, seen, maps=True):
         for i, c in enumerate(said):
             mark = "✗" if c != labels[i] else "✓"
             who = f"{one.name}:" if len(seen) > 1 else "says"
-            lines[i].append(f"{mark} {who} {names[c]}, {chances[i]:.1f} %")
+            lines[i].append(f"{mark} {who} {names[c]}, {chances[i]:.1f}\u00a0%")
             pictures[i] += [(hot[i], f"saliency of {names[c]}, {one.name}")] if maps else []
     for line, label, row in zip(lines, labels, rows, strict=True):
         line.append(f"is {names[label]} · #{row}")
@@ -216,8 +215,8 @@ def filter_section(one):
     some = f"The {len(weights)} largest of {total}" if len(weights) < total else f"All {total}"
     return section("First layer", (
         f"{some} filters of the first layer, {weights.shape[3]}×{weights.shape[2]} pixels, by the "
-        "norm of their weights. Red, green and blue are the weights of these channels, each "
-        "filter divided by its own largest absolute weight; mid-grey is 0."),
+        "norm of their weights. Red, green and blue are the weights of these (normalised) "
+        "channels, each filter divided by its own largest absolute weight; mid-grey is 0."),
         [tile([(image, f"filter {i}")], ())
          for i, image in enumerate(as_bytes((scaled + 1) / 2), 1)], "4rem")
 
@@ -237,7 +236,7 @@ def class_section(one, classes, seed):
         f"scaled to a root mean square of {STEP}. Not in the paper: at each step the image is "
         f"rolled by up to an eighth of its side, and every {BLURRED} steps averaged with its own "
         "3×3 blur. Below: the class, and its probability on the image as it is shown."),
-        [tile([(image, f"an image for the class {name}")], (f"{name}, {100 * p:.0f} %",))
+        [tile([(image, f"an image for the class {name}")], (f"{name}, {100 * p:.1f}\u00a0%",))
          for image, name, p in zip(as_bytes(found), names, reached, strict=True)],
     ), dict(zip(names, reached, strict=True))
 
@@ -252,13 +251,13 @@ def beside_section(test, mine, theirs, order, count):
     shares = [(np.mean(x & y), title) for title, x, y in (
         ("both are right", *right), (f"only {one.name}", right[0], ~right[1]),
         (f"only {other.name}", ~right[0], right[1]), ("neither", ~right[0], ~right[1]))]
-    told = ", ".join(f"{html.escape(title)} on {100 * share:.2f} %" for share, title in shares)
+    told = ", ".join(f"{html.escape(title)} on {100 * share:.2f}&nbsp;%" for share, title in shares)
     names = html.escape(f"{one.name} and {other.name}")
     return section(f"{names} on the same images", (
-        f"Of {len(a)} test images they say the same class on {100 * agreement:.2f} %; {told}. Mean "
-        f"KL from {html.escape(other.name)} to {html.escape(one.name)}: {divergence:.3f}. Each "
-        f"image, its saliency for {names} (of the class that each says, as above); {len(differ)} "
-        f"images on which they differ, then {len(agree)} on which they agree."),
+        f"Of {len(a)} test images they say the same class on {100 * agreement:.2f}&nbsp;%; {told}. "
+        f"Mean KL from {html.escape(other.name)} to {html.escape(one.name)}: {divergence:.3f}. "
+        f"Each image, and its saliency for {names}, of the class that each says, as above: "
+        f"{len(differ)} images on which they differ, then {len(agree)} on which they agree."),
         test_tiles(test, np.concatenate([differ, agree]), (mine, theirs)), "20rem"), agreement
 
 
@@ -269,7 +268,10 @@ def build(args):
     config, names = read_config(one.file), one.card["classes"]
     test = test_split(config, one.card, one.file, args.data_dir)
     other, why = companion(one, config, args.beside, args.average)
-    logits, precision = outputs(one, test)
+    # As the run was scored; bf16 only where it is native.
+    auto = common.pick_precision("auto", device)
+    precision = "fp32" if config.get("precision") == "fp32" else auto
+    logits = outputs(one, test, precision)
     rng, n = np.random.default_rng(args.seed), len(test.labels)
     order, wrong = rng.permutation(n), mistakes(logits, test.labels)
     sample, mine = order[:args.images], (one, logits)
@@ -295,8 +297,8 @@ def build(args):
         wanted]
     agreement = None
     if other:
-        found, agreement = beside_section(test, mine, (other, outputs(other, test)[0]), order,
-                                          args.images)
+        theirs = other, outputs(other, test, precision)
+        found, agreement = beside_section(test, mine, theirs, order, args.images)
         parts.append(found)
     else:
         parts.append(f"<h2>Beside another network</h2><p>None is shown: {html.escape(why)}; "
