@@ -31,7 +31,7 @@ FILTERS = 32        # of the first layer that are shown
 # Activation maximisation. A step is the gradient scaled to this root mean square, so that networks
 # with large and with small logits walk alike. Without blur and shifts the pictures of convolutional
 # networks are stripes: patterns that a pixel's shift would undo.
-STEPS, STEP, WEIGHT, START, BLURRED = 96, 0.02, 0.05, 0.01, 4
+STEPS, STEP, WEIGHT, START, BLURRED = 96, 0.02, 150, 0.01, 4
 PAPER = "Simonyan, Vedaldi &amp; Zisserman 2013, arXiv 1312.6034"
 
 
@@ -150,9 +150,9 @@ def maximise(logits, classes, grey, size, seed=0, steps=STEPS):
     """Return an image for each class that makes its logit large, (len(classes), 3, size, size), in
     steps of 1/255 from 0 to 1.
 
-    Gradient ascent on logit − λ·‖image − grey‖², the same paper, section 2; grey: the colour that
-    it starts from, (3,). Each gradient is taken with the image rolled by up to an eighth of its
-    side, and every few steps the image is blurred by half.
+    Gradient ascent on logit − λ·mean (image − grey)², the same paper, section 2; grey: the colour
+    that it starts from, (3,). Each gradient is taken with the image rolled by up to an eighth of
+    its side, and every few steps the image is blurred by half.
     """
     g, place = torch.Generator().manual_seed(seed), classes.device
     grey = torch.tensor(grey, dtype=torch.float32, device=place).view(1, 3, 1, 1)
@@ -163,7 +163,7 @@ def maximise(logits, classes, grey, size, seed=0, steps=STEPS):
         shift = torch.randint(-(size // 8), size // 8 + 1, (2,), generator=g).tolist()
         x.requires_grad_()
         score = logits(x.roll(shift, (2, 3))).gather(1, classes[:, None]).sum()
-        score = score - WEIGHT * (x - grey).pow(2).sum()
+        score = score - WEIGHT * (x - grey).pow(2).mean((1, 2, 3)).sum()
         (slope,) = torch.autograd.grad(score, x)
         length = slope.pow(2).mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         x = (x.detach() + STEP * slope / length).clamp(0, 1)
@@ -231,11 +231,11 @@ def class_section(one, classes, seed):
     drawn = f"{len(names)} of {total} classes, drawn with seed {seed}. " * (len(names) < total)
     return section("What a class wants to see", (
         f"{drawn}Activation maximisation ({PAPER}, section 2): {STEPS} steps up the gradient of "
-        f"logit − λ·‖image − mean‖², λ {WEIGHT}, pixels from 0 to 1, from the mean colour of the "
-        f"train images with noise of deviation {START}, seed {seed}; a step is the gradient "
-        f"scaled to a root mean square of {STEP}. Not in the paper: at each step the image is "
-        f"rolled by up to an eighth of its side, and every {BLURRED} steps averaged with its own "
-        "3×3 blur. Below: the class, and its probability on the image as it is shown."),
+        f"logit − λ·mean (image − grey)², λ {WEIGHT}, pixels from 0 to 1; grey, where it starts "
+        f"with noise of deviation {START}, seed {seed}, is the colour that normalises to 0; a step "
+        f"is the gradient scaled to a root mean square of {STEP}. Not in the paper: at each step "
+        f"the image is rolled by up to an eighth of its side, and every {BLURRED} steps averaged "
+        "with its own 3×3 blur. Below: the class, and its probability on the image as shown."),
         [tile([(image, f"an image for the class {name}")], (f"{name}, {100 * p:.1f}\u00a0%",))
          for image, name, p in zip(as_bytes(found), names, reached, strict=True)],
     ), dict(zip(names, reached, strict=True))

@@ -202,7 +202,8 @@ figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
 .tiles img { flex: 1; width: 100%; min-width: 0; padding: 0; border-radius: 0; background: none;
              image-rendering: pixelated; }
 .row { display: flex; gap: 3px; }
-@media print { body { max-width: none; } figure, table, h2, h3 { break-inside: avoid; }
+@media print { body { max-width: none; } figure, table, h2, h3, p { break-inside: avoid; }
+               h2, h3, h2 + p { break-after: avoid; }
                details > * { display: block; } }
 """
 

@@ -15,6 +15,7 @@ from PIL import Image
 from test_page import Reader
 
 import common
+import data
 import look
 import models
 import train_student
@@ -28,6 +29,15 @@ def linear(classes=4, side=8):
     """A network without hidden layers: (its function of pixels, its weights (classes, 3, H, W))."""
     weight = torch.randn(classes, 3, side, side, generator=torch.Generator().manual_seed(0))
     return lambda x: ((x - MEAN) / STD).flatten(1) @ weight.flatten(1).T, weight
+
+
+def test_pixels_are_normalised_as_in_training(chain, easy):
+    """The logits of the test images as pixels are those that the run kept."""
+    for name in ("teacher-s0", "mean-teacher-s0"):
+        images = data.load("folder", easy, image_size=tiny.SIDE).test.images
+        pixels = torch.tensor(images).permute(0, 3, 1, 2) / 255
+        found = look.open_network(chain[0] / "digits" / name).logits(pixels)
+        assert torch.allclose(found, torch.tensor(kept(chain[0] / "digits" / name)[0]), atol=1e-4)
 
 
 def test_saliency_of_a_linear_network_is_its_weights():
@@ -86,7 +96,7 @@ def test_a_step_has_its_size_and_goes_up_a_linear_network(monkeypatch):
 def test_lambda_holds_the_image_back(monkeypatch):
     logits, _ = linear()
     free = look.maximise(logits, torch.arange(4), (0.5,) * 3, 8)
-    monkeypatch.setattr(look, "WEIGHT", 1000)
+    monkeypatch.setattr(look, "WEIGHT", 1e6)
     held = look.maximise(logits, torch.arange(4), (0.5,) * 3, 8)
     assert (held - 0.5).abs().mean() < 0.2 * (free - 0.5).abs().mean()
 
