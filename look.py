@@ -50,7 +50,7 @@ def open_network(run, device="cpu", average=False):
     mean, std = (torch.tensor(card[key], dtype=torch.float32, device=device).view(1, 3, 1, 1)
                  for key in ("mean", "std"))
     return SimpleNamespace(
-        file=file, name=file.resolve().parent.name + ", average" * average, network=network,
+        file=file, name=file.parent.resolve().name + ", average" * average, network=network,
         card=card, epoch=card.get("ema_epoch" if average else "epoch"), device=device,
         logits=lambda pixels: network((pixels - mean) / std))
 
@@ -94,7 +94,7 @@ def companion(one, config, beside=None, average=False):
     if beside:
         other = open_network(beside, one.device)
     elif config.get("teacher_sha256"):
-        default = one.file.parent.parent / f"teacher-s{config.get('seed')}" / "best.pt"
+        default = one.file.parent.resolve().parent / f"teacher-s{config.get('seed')}" / "best.pt"
         path = Path(config.get("teacher") or default)
         if not path.is_file():
             return None, f"its teacher is not in {path}"
@@ -196,7 +196,8 @@ def test_tiles(test, rows, seen, maps=True):
     for one, logits in seen:
         said = logits[rows].argmax(1)
         chances = 100 * np.exp(log_softmax(logits[rows]).max(1))
-        hot = heat(saliency(one.logits, pixels, torch.from_numpy(said).to(one.device)))
+        if maps:
+            hot = heat(saliency(one.logits, pixels, torch.from_numpy(said).to(one.device)))
         wrong |= said != labels
         for i, c in enumerate(said):
             mark = "✗" if c != labels[i] else "✓"

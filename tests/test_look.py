@@ -191,6 +191,8 @@ def test_the_page_is_one_file_and_the_same_again(chain, tmp_path):
         assert kind == "data:image/png;base64" and picture["alt"].strip()
         assert min(Image.open(BytesIO(b64decode(code))).size) in (3, tiny.SIDE)
     assert len(reader.pictures) > 50
+    for kind, inside in re.findall(r"<figure([^>]*)>(.*?)</figure>", text, re.S):
+        assert ("wrong" in kind) == ("✗" in inside)
 
 
 def test_names_are_escaped_and_two_classes_do(tmp_path, monkeypatch, capsys):
@@ -241,11 +243,13 @@ def companion(folder, average=False):
     return look.companion(one, look.read_config(one.file), average=average)
 
 
-def test_the_teacher_that_taught_stands_beside(chain, tmp_path):
+def test_the_teacher_that_taught_stands_beside(chain, tmp_path, monkeypatch):
     folder = copied(chain, tmp_path, "kd-s0", "teacher-s0", "student-s0")
     other, why = companion(folder / "kd-s0")
     assert other.file == folder / "teacher-s0" / "best.pt" and why is None
     assert companion(folder / "student-s0")[0] is None
+    monkeypatch.chdir(folder / "kd-s0")
+    assert companion("best.pt")[0].file == folder / "teacher-s0" / "best.pt"
     card = tiny.load(folder / "teacher-s0" / "best.pt")
     card["model"]["classifier.1.bias"][0] += 1e-3
     common.save_checkpoint(folder / "teacher-s0" / "best.pt", card)
