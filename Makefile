@@ -45,7 +45,8 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test test-dev lint dev help clean report html publish readme bench claims notebook \
+        sweep-labels sweep-views sweep-mlp setup test test-dev lint dev help clean report html publish \
+        readme bench soak claims notebook \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -144,6 +145,9 @@ bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
 
 claims: $(READY)  ## the reports' claims against what is published
 	$(PYTHON) tests/claims.py
+
+soak: $(READY)  ## runs killed at random and resumed: do they end as if never killed?
+	$(PYTHON) tests/soak.py
 
 readme: $(READY)  ## fill the README's tables from results/published
 	$(PYTHON) report.py readme

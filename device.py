@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -94,6 +95,8 @@ def tell_time(batches, total):
 def join(device):
     """Join the other processes, where torchrun started this one; each GPU serves one of them."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # DistributedDataParallel's, whose new name for it is not known to earlier versions.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Hours, for one may compute the teacher's outputs, or decode images, while others wait.

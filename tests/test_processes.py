@@ -92,6 +92,25 @@ def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     assert epochs >= 1 and final["epochs"] == 400
 
 
+def test_a_stop_reaches_both_and_leaves_neither(easy, tmp_path):
+    """torchrun passes it on; its own traceback and exit code 1 come after."""
+    child = start("train_student.py", tiny.words(easy, tmp_path, "--run", "cut", epochs=400))
+    folder, deadline = tmp_path / "digits" / "cut", time.monotonic() + 100
+    while not (folder / "checkpoint.pt").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(child.pid)], text=True, capture_output=True)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2 and all("--resume" in line and str(folder) in line for line in said), err
+    assert str(ROOT) not in err.replace(str(folder), ""), err      # no line of ours in a traceback
+    assert len(workers.stdout.split()) == 2
+    for worker in workers.stdout.split():
+        assert not Path(f"/proc/{worker}").exists()
+    assert tiny.load(folder / "checkpoint.pt")["history"]
+
+
 @pytest.mark.parametrize("labels, size, taught", [(None, 15, 15), (40, 16, 5)])
 def test_a_batch_that_cannot_be_shared_is_refused(easy, tmp_path, monkeypatch, capsys, labels,
                                                   size, taught):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from PIL import Image
 
 import common
 import train_student
@@ -16,8 +17,8 @@ import train_student
 ROOT = Path(common.__file__).parent
 
 
-def start(easy, results, *flags):
-    return subprocess.Popen([sys.executable, ROOT / "train_student.py",
+def start(easy, results, *flags, script="train_student.py"):
+    return subprocess.Popen([sys.executable, ROOT / script,
                              *tiny.words(easy, results, "--epochs", 400, *flags)],
                             env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
                             # A test run in the background may have been told to ignore Ctrl-C.
@@ -45,6 +46,40 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     whole = len(tiny.load(folder / "checkpoint.pt")["history"])
     assert tiny.run(train_student, easy, tmp_path, "--resume", epochs=400)["epochs"] == 400
     assert len(tiny.metrics(folder)) == 400 > whole
+
+
+def stop(child, sent):
+    """Stop a process; return its exit code and the lines on stderr."""
+    child.send_signal(sent)
+    _, err = child.communicate(timeout=60)
+    return child.returncode, err.splitlines()
+
+
+def test_a_run_is_stopped_while_it_decodes(tmp_path):
+    """Images so large that decoding them is under way for seconds."""
+    images, results, large = tmp_path / "images", tmp_path / "results", tmp_path / "large.png"
+    Image.new("RGB", (3000, 3000)).save(large)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (images / split / name).mkdir(parents=True)
+            for i in range(20):
+                os.link(large, images / split / name / f"{i}.png")
+    child = start(images, results)
+    until((images / ".arrays").exists, child)
+    code, lines = stop(child, signal.SIGINT)
+    assert (code, len(lines)) == (130, 1) and "start it again" in lines[0], lines
+    assert not any((images / ".arrays").iterdir()) and not results.exists()
+
+
+def test_a_run_is_stopped_while_the_teacher_fills_the_cache(easy, results):
+    """So many views that it takes seconds."""
+    child = start(easy, results, "--views", 300, "--cache", script="distill.py")
+    cache = results / "digits" / ".teacher"
+    until(lambda: any(cache.glob("*.part")), child)
+    code, lines = stop(child, signal.SIGTERM)
+    assert (code, len(lines)) == (143, 1) and "start it again" in lines[0], lines
+    assert [path.suffix for path in cache.iterdir()] == [".part"]       # never read
+    assert not (results / "digits" / "kd-s0").exists()
 
 
 def test_a_second_run_into_a_folder_is_refused(easy, tmp_path, capsys):
