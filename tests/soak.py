@@ -251,11 +251,10 @@ def differing(one, two):
     parts = {"final": "final.json", "state": "checkpoint.pt", "metrics": "metrics.csv",
              "best": "best.pt"}
     found = [file for part, file in parts.items() if not tiny.same(a[part], b[part])]
+    found += [file for file in a["files"].keys() | b["files"].keys()
+              if a["files"].get(file) != b["files"].get(file)]
     listed = [{path.name for path in folder.iterdir()} for folder in (one, two)]
-    found += sorted(listed[0] ^ listed[1])
-    return found + [name for name in ("best.pt", "test.npz", "curves.png")
-                    if name in listed[0] & listed[1] and name not in found
-                    and (one / name).read_bytes() != (two / name).read_bytes()]
+    return sorted({*found, *(listed[0] ^ listed[1])})
 
 
 def soak(variant, place, count, rng):

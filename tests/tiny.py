@@ -106,13 +106,16 @@ def same(a, b):
 
 
 def outcome(folder):
-    """All that a run leaves, but for what a clock measured and where it lies."""
+    """All that a run leaves, but for what a clock measured and where it lies: contents, and the
+    bytes of the files that hold no time."""
     final = json.loads((folder / "final.json").read_text())
     state = load(folder / "checkpoint.pt")
     state["history"] = [{k: v for k, v in row.items() if k not in CLOCKS}
                         for row in state["history"]]
     return dict(final={k: v for k, v in final.items() if k not in CLOCKS}, state=state,
-                metrics=metrics(folder), best=load(folder / "best.pt"))
+                metrics=metrics(folder), best=load(folder / "best.pt"),
+                files={name: (folder / name).read_bytes() for name in
+                       ("best.pt", "test.npz", "curves.png") if (folder / name).exists()})
 
 
 def said(capsys):
