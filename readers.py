@@ -311,16 +311,18 @@ def cached_arrays(folder, read):
 def kept(folder, arrays, facts):
     """Write arrays and facts to a folder that appears whole or not at all; return both."""
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)    # of an earlier process of that number, killed
     try:
         aside.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
         (aside / "meta.json").write_text(json.dumps(facts))
-        # Arrays of an earlier state of the same folder, or of an earlier version, are of no use.
+        # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
+        # nor those that a process was writing when it was killed.
         kind = folder.name.rpartition("-")[0]
         for old in folder.parent.iterdir():
-            if old == folder or (old.name.rpartition("-")[0] == kind and not old.name.endswith(
-                    ".part") and (old / "train_labels.npy").is_file()):
+            if old == folder or (old != aside and old.name.rpartition("-")[0] == kind
+                                 and (old / "train_images.npy").is_file()):
                 shutil.rmtree(old, ignore_errors=True)
         os.rename(aside, folder)
     except OSError as error:       # read-only data, say: learn from memory, decode again next time

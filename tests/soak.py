@@ -92,15 +92,15 @@ def work(pid):
 
 
 def left(pids, patience=30):
-    """Wait for processes to be gone; return the seconds that took, None if some never were."""
-    started = time.monotonic()
+    """Wait for processes to be gone; return whether some never were, which are killed."""
+    deadline = time.monotonic() + patience
     while any(stat(pid)[:1] not in ([], ["Z"]) for pid in pids):
-        if time.monotonic() - started > patience:
+        if time.monotonic() > deadline:
             for pid in pids:
                 end(pid)
-            return None
+            return True
         time.sleep(0.01)
-    return time.monotonic() - started
+    return False
 
 
 def end(pid):
@@ -109,21 +109,22 @@ def end(pid):
 
 
 def strike(child, rng, together):
-    """Kill a run without warning: of two processes one worker, or all; return whether no process
-    is left over. together: whether it runs under torchrun."""
+    """Kill a run without warning; return whether a process of it is left over. together: it runs
+    under torchrun; one worker is killed, after which torchrun has to end all, or all are."""
     pids = tree(child.pid)
     workers = [pid for pid in pids if stat(pid)[1:2] == [str(child.pid)]]
     one = together and workers and rng.random() < 0.5
     for pid in [rng.choice(workers)] if one else pids if together else [child.pid]:
         end(pid)
     child.wait()
-    return left(pids) is not None
+    return left(pids)
 
 
 # ---- one process ------------------------------------------------------------------------------
 
-def begin(variant, place, output, epochs=EPOCHS, **more):
-    """Start a variant's command with --resume, as often as it is said the same; return it."""
+def begin(variant, place, output, epochs=EPOCHS):
+    """Start a variant's command, always the same, with --resume; return its process. place: the
+    run's results folder, beside images and teachers; output: the file that takes what it prints."""
     _, launcher, script, flags = VARIANTS[variant]
     known = {name: place.parent / name / "digits/run/best.pt" for name in ("teacher", "slow")}
     words = tiny.words(place.parent / "images", place, "--lr", 0.001, "--run", "run", "--resume",
@@ -131,13 +132,13 @@ def begin(variant, place, output, epochs=EPOCHS, **more):
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(place.parent / "inductor")}
     with open(output, "w") as file:
         return subprocess.Popen([sys.executable, *launcher, str(ROOT / script), *words],
-                                env=environment | more, stdin=subprocess.DEVNULL, stdout=file,
+                                env=environment, stdin=subprocess.DEVNULL, stdout=file,
                                 stderr=subprocess.STDOUT)
 
 
 def whole_run(variant, place):
-    """Run a variant undisturbed; return the processor seconds it took: total, start-up without the
-    cache, cache, training."""
+    """Run a variant undisturbed; return the processor seconds of the whole, and of filling the
+    cache and of training in it: files say when, and a record says what had been used by then."""
     output, walls, works = place.with_suffix(".txt"), [time.time()], [0.0]
     child = begin(variant, place, output)
     while child.poll() is None:
@@ -154,9 +155,8 @@ def whole_run(variant, place):
     cached = [at(file) - np.interp(file.stat().st_mtime - json.loads(
         (folder / "final.json").read_text())["teacher_seconds"], walls, works)
         for file in (place / "digits" / ".teacher").glob("*.npy")]
-    begun = at(folder / "config.json")
-    return SimpleNamespace(total=works[-1], cache=sum(cached), begun=begun,
-                           training=at(folder / "checkpoint.pt") - begun)
+    return SimpleNamespace(total=works[-1], cache=sum(cached), training=at(
+        folder / "checkpoint.pt") - at(folder / "config.json"))
 
 
 def state(folder):
@@ -185,12 +185,10 @@ def state(folder):
 def phase(place, started, epochs):
     """Return where a run was when it was killed, by what was there, and whether between writes."""
     folder, kept = place / "digits" / "run", place / "digits" / ".teacher"
-    new = [file for folder in (folder, kept) for file in folder.glob("*")
-           if file.stat().st_mtime >= started] if folder.exists() or kept.exists() else []
-    names = [file.name for file in new]
+    names, filled = ([file.name for file in where.glob("*") if file.stat().st_mtime >= started]
+                     for where in (folder, kept))
     if "config.json" not in names:
-        return ("cache" if any(file.parent == kept for file in new if file.suffix == ".part")
-                else "start-up"), False
+        return "cache" if any(name.endswith(".part") for name in filled) else "start-up", False
     if epochs == EPOCHS:
         return "end", any(name.endswith(".part") for name in names)
     ahead = [tiny.load(folder / "best.pt")["epoch"] > epochs] if "best.pt" in names else []
@@ -203,7 +201,7 @@ def phase(place, started, epochs):
 def killed_run(variant, place, whole, most, rng):
     """Run a variant, kill it at most so many times, let it end; return its kills: where each was,
     and what was wrong, if something was."""
-    folder, kills, wrong, had, output = place / "digits" / "run", [], [], 0, None
+    folder, kills, wrong, had = place / "digits" / "run", [], [], 0
     while not (folder / "final.json").exists():
         cached = any((place / "digits" / ".teacher").glob("*.npy"))
         rest = whole.total - whole.training * had / EPOCHS - whole.cache * cached
@@ -216,7 +214,7 @@ def killed_run(variant, place, whole, most, rng):
         if child.poll() is None:
             time.sleep(rng.uniform(0, 0.03))    # a wait for the disk takes no processor time
         struck = child.poll() is None
-        if struck and not strike(child, rng, bool(VARIANTS[variant][1])):
+        if struck and strike(child, rng, bool(VARIANTS[variant][1])):
             wrong.append("a process was left over")
         said = output.read_text()
         if child.returncode and not struck:

@@ -1,5 +1,6 @@
 """The folder reader on images that the test writes: modes, sizes, links, and the arrays kept."""
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_damaged_arrays_are_made_again(folder, name, damage):
     after = load(folder)
     assert after.key == before.key
     np.testing.assert_array_equal(after.train.images, before.train.images)
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed(folder, capsys):
+    before, whole = load(folder), folder / ".arrays" / kept(folder)[0]
+    for process in (1, os.getpid()):        # a container gives the same number again
+        shutil.copytree(whole, whole.with_name(f"{whole.name}.{process}.part"))
+    shutil.rmtree(whole)
+    assert load(folder).key == before.key and kept(folder) == [whole.name]
+    assert "not kept" not in capsys.readouterr().err
 
 
 def test_making_the_digits_spares_what_else_lies_in_the_data_folder(tmp_path, monkeypatch):
