@@ -6,7 +6,8 @@
 Each has to leave what a run leaves that was never killed, bit for bit: best.pt, checkpoint.pt,
 metrics.csv and final.json (but for what a clock measured), test.npz, curves.png. A moment is drawn
 uniformly over what is left of the run, in processor time, so that other work beside moves nothing:
-imports, decoding, the teacher's outputs, epochs, the writes between them, drawing the curves.
+imports, decoding, the teacher's outputs, epochs, drawing the curves. A quarter of the kills wait
+from that moment for the next file to be written, and strike while it is.
 """
 import argparse
 import contextlib
@@ -43,6 +44,7 @@ OUT = ROOT / "results" / "published" / "soak.json"
 KILLS = 104             # in all
 EPOCHS = 10             # of about as much work as start and end together
 IN_A_ROW = 5            # kills of one run, after which it may end
+AIMED = 0.25            # share of the kills that wait for the next write
 PHASES = ("start-up", "cache", "training", "end")
 TICKS = os.sysconf("SC_CLK_TCK")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")
@@ -211,8 +213,9 @@ def killed_run(variant, place, whole, most, rng):
         child = begin(variant, place, output)
         while child.poll() is None and (moment is None or work(child.pid) < moment):
             time.sleep(0.005)
-        if child.poll() is None:
-            time.sleep(rng.uniform(0, 0.03))    # a wait for the disk takes no processor time
+        aimed = moment is not None and rng.random() < AIMED
+        while aimed and child.poll() is None and not any(folder.glob(".*.part")):
+            time.sleep(0.0005)
         struck = child.poll() is None
         if struck and strike(child, rng, bool(VARIANTS[variant][1])):
             wrong.append("a process was left over")
@@ -227,7 +230,7 @@ def killed_run(variant, place, whole, most, rng):
         if struck and child.returncode:         # else it had just ended by itself
             where, between = phase(place, started, now)
             kills.append(dict(phase=where, epochs=now, between_writes=between,
-                              moment=round(moment / rest, 3)))
+                              moment=round(moment / rest, 3), aimed=aimed))
         had = now
     return kills, wrong
 
@@ -361,7 +364,8 @@ def main(argv=None):
         parser.error(f"--only {args.only}: choose from {','.join(VARIANTS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, rows, memory, on = time.monotonic(), [], [], machine()
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stopped:
+        stopped.callback(lambda: [end(pid) for pid in tree(os.getpid())[1:]])       # by Ctrl-C, say
         place = Path(place)
         prepare(place)
         total = sum(VARIANTS[name][0] for name in chosen)
