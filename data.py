@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+import decode
 import digits
 import download
 import readers
@@ -42,27 +43,25 @@ class Splits(NamedTuple):
 
 # ---- data sets --------------------------------------------------------------------------------
 
-def open_digits(data_dir, size, fit):
+def open_digits(data_dir, size, fit, skip_bad):
     return readers.cached_arrays(data_dir / f"digits-{digits.VERSION}",
                                  lambda: (digits.splits(), range(10)))
 
 
-def open_folder(data_dir, size, fit):
-    listing = readers.folder_listing(data_dir)
-    folder = data_dir / ".arrays" / f"{size}-{fit}-{readers.fingerprint(listing)}"
-    return readers.cached_arrays(folder, lambda: readers.read_folder(listing, size, fit))
+def open_folder(data_dir, size, fit, skip_bad):
+    return readers.image_arrays(data_dir / ".arrays", f"{size}-{fit}",
+                                readers.folder_listing(data_dir), size, fit, skip_bad)
 
 
-def open_tinyimagenet(data_dir, size, fit):
+def open_tinyimagenet(data_dir, size, fit, skip_bad):
     root = download.ensure("tinyimagenet", data_dir)
     listing = readers.tiny_listing(root / download.FOLDERS["tinyimagenet"])
-    return readers.cached_arrays(root / ".arrays" / f"tinyimagenet-{readers.fingerprint(listing)}",
-                                 lambda: readers.read_folder(listing, size, fit))
+    return readers.image_arrays(root / ".arrays", "tinyimagenet", listing, size, fit, skip_bad)
 
 
 def published(name, read):
     """Return an opener. The published checksums name the arrays; made once, they are enough."""
-    def open_set(data_dir, size, fit):
+    def open_set(data_dir, size, fit, skip_bad):
         folder = download.root_of(name, data_dir) / ".arrays" / f"{name}-{download.key(name)}"
         return readers.cached_arrays(folder, lambda: read(download.ensure(name, data_dir)))
     return open_set
@@ -79,20 +78,26 @@ DATASETS = {
 
 
 def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=None,
-         fit="resize", normalise="train"):
+         fit="resize", normalise="train", skip_bad=False):
     """Return the Splits of a data set: train, val, test, mean, std, classes, key.
 
     labels: None for all, or how many train images keep theirs, the same number in each class,
     chosen by the seed; the others get -1. val_fraction of train is held out, whatever the seed.
     image_size: None for the set's own. normalise: "half" for a mean and deviation of 0.5, not the
-    train split's. A published set that is not in data_dir is downloaded.
+    train split's. skip_bad: leave out, count and list image files that cannot be decoded. A
+    published set that is not in data_dir is downloaded.
     """
     if name not in DATASETS:
         fail(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
     side = SIDES.get(name, image_size or 32)
     if image_size not in (None, side):
         fail(f"--image-size {image_size}: {name} is {side}×{side}; leave it out")
-    arrays, facts = DATASETS[name](Path(data_dir), side, fit)
+    if skip_bad and name not in ("folder", "tinyimagenet"):
+        fail(f"--skip-bad: {name} is not made of image files; leave it out")
+    try:
+        arrays, facts = DATASETS[name](Path(data_dir), side, fit, skip_bad)
+    except OSError as error:
+        fail(f"{error.filename or data_dir}: cannot be read ({error.strerror or error})")
     images, targets = arrays["train_images"], np.array(arrays["train_labels"])
     cut = len(images) - round(val_fraction * len(images))
     if cut < 1:
@@ -132,7 +137,7 @@ class Batch(NamedTuple):
 
 
 AUGMENTS = {"none": (), "crop": ("shift",), "flip-crop": ("shift", "flip")}    # what is drawn
-CHOICES = {"dataset": DATASETS, "fit": readers.FITS, "augment": AUGMENTS}
+CHOICES = {"dataset": DATASETS, "fit": decode.FITS, "augment": AUGMENTS}
 # The share of a batch that is labelled, where some images are not: few labels seen often, but not
 # so few in a batch that their gradient is mostly noise.
 LABELLED_SHARE = 0.25
@@ -317,7 +322,7 @@ def main(argv=None):
         return download.only(args.dataset, args.data_dir,
                              readers.tiny_listing if args.dataset == "tinyimagenet" else None)
     splits = load(args.dataset, args.data_dir, args.labels, args.val_fraction, 0, args.image_size,
-                  args.fit, args.normalise)
+                  args.fit, args.normalise, args.skip_bad)
     facts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}
     facts |= dict(classes=splits.classes, mean=splits.mean, std=splits.std, key=splits.key)
     print(f"{args.dataset}: {facts['train']} train, {facts['val']} validation, {facts['test']} "

@@ -17,7 +17,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -30,6 +29,7 @@ STALL = 30              # seconds without a byte, then a source is given up
 SLOW = 200_000          # bytes a second: below that, a source is left while there is another
 PATIENCE = 20           # seconds before a source is called slow
 LARGEST = 2**30         # bytes an archive may unpack to: 240 MB are the most that is needed
+MOST = 10**6            # files in it: 120 003 are the most that is needed
 
 
 class File(NamedTuple):
@@ -308,8 +308,7 @@ def unpack(archive, folder):
         aside.mkdir(parents=True)
         (unzip if archive.suffix == ".zip" else untar)(archive, aside)
         os.rename(aside / folder, archive.with_name(folder))
-    except (OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except Exception as error:      # damaged archives raise nearly any kind
         fail(f"{archive}: cannot be unpacked ({why(error)}); free some space if that is what is "
              "missing, else remove the archive, and it is downloaded again")
     finally:
@@ -317,24 +316,34 @@ def unpack(archive, folder):
 
 
 def refuse_strange(members):
-    """Raise a ValueError unless all stay inside the folder, are files or folders, and fit.
+    """Raise a ValueError unless all stay inside the folder, are files or folders of plain names,
+    and fit.
 
     members: (name, bytes, whether it is a plain file or folder); the archive is untrusted.
     """
-    total = 0
-    for name, size, plain in members:
+    total, seen = 0, set()
+    for number, (name, size, plain) in enumerate(members):
         if not plain:
             raise ValueError(f"{name!r} in it is a link or a device")
         if name.startswith("/") or ".." in PurePosixPath(name).parts or set(name) & set("\\:\0"):
             raise ValueError(f"{name!r} in it leads out of the folder")
+        if not name.isprintable():
+            raise ValueError(f"{name!r} in it is no plain name")
         total += size
-        if total > LARGEST:
+        if size < 0 or total > LARGEST:
             raise ValueError(f"its files are larger than {LARGEST} bytes together")
+        if size and name.lower() in seen:       # one file, where letters' case does not count
+            raise ValueError(f"{name!r} is in it twice")
+        seen.add(name.lower())
+        if number >= MOST:
+            raise ValueError(f"it holds more than {MOST} files")
 
 
 def untar(archive, target):
     with tarfile.open(archive) as tar:
         refuse_strange((m.name, m.size, m.isfile() or m.isdir()) for m in tar)
+        for member in tar:
+            member.mode = 0o755 if member.isdir() else 0o644        # no setuid
         # Python before 3.11.4 has no filter; what it would refuse is refused above.
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         tar.extractall(target)

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 DEFAULTS = dict(
     report=None,          # the one of the five that a recipe comes from
-    dataset="digits", data_dir="data", image_size=32, fit="resize", labels=None, val_fraction=0.1,
-    normalise="train",
+    dataset="digits", data_dir="data", image_size=32, fit="resize", skip_bad=False, labels=None,
+    val_fraction=0.1, normalise="train",
     init="he", pool="max", activation="relu", norm="none",
     epochs=20, batch_size=128,
     lr=1e-3,              # per step of AdamW, the peak of one cycle
@@ -123,11 +123,17 @@ def settings(recipe, role):
 RANK = int(os.environ.get("RANK", 0))       # torchrun's number of this process
 
 
+def plain(text):
+    """Return a name from outside as text that any terminal or file takes: newlines, escape codes
+    and undecodable bytes written out as \\n, \\x1b, \\udcff."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def fail(message, code=2):
     """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
     if RANK:        # of torchrun's processes each may fail alone
         message = f"process {RANK}: {message}"
-    tqdm.write("error: " + str(message).replace("\n", "\\n"), file=sys.stderr)
+    tqdm.write(f"error: {plain(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -146,6 +152,11 @@ def launch(main):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    for name in ("stdout", "stderr"):       # closed; or of an encoding that lacks × and ²
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        if hasattr(stream, "reconfigure"):      # a notebook's %run has none
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
     try:
         main()
     except KeyboardInterrupt as error:
@@ -219,6 +230,8 @@ FLAGS = {
         "data-dir": dict(metavar="DIR", help="where they lie, or will lie"),
         "image-size": dict(type=number(int, 1, 4096), metavar="N", help="side in pixels (folder)"),
         "fit": dict(help="how an image gets that size (folder)"),
+        "skip-bad": dict(**on_off, help="leave out, count and list image files that cannot be "
+                                        "decoded (folder, tinyimagenet)"),
         "labels": dict(type=number(int, 1, 10**9, also={"all": None}), metavar="N",
                        help="labels kept, the same number in each class; or all, the default"),
         "val-fraction": dict(type=number(float, 0, 1, high_open=True), metavar="F",

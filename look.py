@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 import common
 import data
+import decode
 import models
-import readers
 from compare import against, log_softmax
-from flags import FLAGS, Parser, fail, launch, number, say, words
+from flags import FLAGS, Parser, fail, launch, number, plain, say, words
 from render import frame, section, tile
 from runs import read_json, short, write_whole
 
@@ -318,11 +318,14 @@ def predict(run, images, average=False, top=3):
     {"image", "class", "probability", "top": [(class, probability), …]}.
     """
     one, found = open_network(run, average=average), []
+    if str(one.card.get("fit")) not in decode.FITS:
+        fail(f"{one.file}: does not say how images are brought to its size; train it again")
     for image in images:
         try:
-            pixels = readers.read_image(Path(image), one.card["build"]["image_shape"][1],
-                                        one.card["fit"])
-        except ValueError as error:
+            with decode.decoding():
+                pixels = decode.read_image(Path(image), one.card["build"]["image_shape"][1],
+                                           one.card["fit"])
+        except (ValueError, OSError, MemoryError) as error:
             fail(error)
         x = torch.tensor(pixels).permute(2, 0, 1)[None] / 255               # (1, 3, H, W)
         shares = one.logits(x).softmax(1)[0]
@@ -343,7 +346,7 @@ def main_predict(argv):
     found = predict(args.run, args.images, args.average)
     for one in found:
         shares = "  ".join(f"{name} {100 * p:.1f} %" for name, p in one["top"])
-        print(f"{one['image']}: {shares}")
+        print(plain(f"{one['image']}: {shares}"))
     return found
 
 

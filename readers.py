@@ -12,79 +12,19 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import download
+from decode import decoding, read_image
 from device import cpus
-from flags import fail, say
+from flags import fail, plain, say
 
 
-def resize(image, size):
-    """Stretch to size × size: everything stays in the picture, the proportions do not."""
-    return image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def crop(image, size):
-    """Scale the shorter side to size and cut the middle: proportions stay, the ends are lost."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
-
-
-def pad(image, size):
-    """Scale the longer side to size, black around it: nothing is cut, the object gets smaller."""
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (size, size))
-    canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR),
-                 ((size - width) // 2, (size - height) // 2))
-    return canvas
-
-
-FITS = {"resize": resize, "crop": crop, "pad": pad}
-
-
-def to_rgb(image):
-    """Return an image of any mode as RGB: 16 bits scaled to 8, transparent pixels on black."""
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I;16") or pixels.max(initial=0) > 255 else 255
-        image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "black")
-        canvas.alpha_composite(image)
-        image = canvas
-    return image.convert("RGB")
-
-
-def upright(image):
-    """Return the image as its EXIF says it was held: phones store pictures lying down."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:       # broken EXIF says nothing about the pixels, which are decoded later
-        return image
-
-
-def read_image(path, size, fit):
-    """Return one image file as (size, size, 3) uint8; a ValueError names the path if it cannot."""
-    try:
-        with Image.open(path) as image:
-            rgb = to_rgb(upright(image))
-        if rgb.size != (size, size):
-            rgb = FITS[fit](rgb, size)
-        return np.asarray(rgb)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be decoded ({error})") from None
-
-
-def image_files(folder, seen=()):
-    """Return the files below a folder, sorted, links followed; hidden files are left out."""
+def image_files(folder, seen=(), left=None):
+    """Return the files below a folder, sorted, links followed. Hidden files and folders are left
+    out, and added to the list `left`."""
+    if len(seen) > 100:
+        fail(f"{folder}: more than 100 folders deep; remove it")
     real = folder.resolve()
     if real in seen:
         fail(f"{folder}: a link that leads back to {real}, in a circle; remove it")
@@ -95,11 +35,14 @@ def image_files(folder, seen=()):
         fail(f"{folder}: cannot be read ({error.strerror})")
     for path in entries:
         if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            found += image_files(path, (*seen, real))
-        elif path.exists():
+            if left is not None:
+                left.append(path)
+        elif path.is_dir():
+            found += image_files(path, (*seen, real), left)
+        elif path.is_file():
             found.append(path)
+        elif path.exists():
+            fail(f"{path}: neither a file nor a folder; remove it")
         else:
             fail(f"{path}: a link that leads nowhere; remove it")
     return found
@@ -113,11 +56,12 @@ def folder_listing(root):
     if not (root / "train").is_dir() or test is None:
         missing = "train" if test else "test (or val)"
         fail(f"{root}: holds no folder {missing}; it must hold train/<class>/* and test/<class>/*")
-    listing = {}
+    listing, left = {}, [root / "val"] * (test == "test" and (root / "val").is_dir())
     for split, name in (("train", "train"), ("test", test)):
-        folders = sorted(d for d in (root / name).iterdir()
-                         if d.is_dir() and not d.name.startswith("."))
-        listing[split] = {d.name: image_files(d) for d in folders}
+        there = sorted((root / name).iterdir())
+        folders = [d for d in there if d.is_dir() and not d.name.startswith(".")]
+        left += [path for path in there if path not in folders]
+        listing[split] = {d.name: image_files(d, left=left) for d in folders}
         for d in folders:
             if not listing[split][d.name]:
                 fail(f"{d}: a class folder without images; fill or remove it")
@@ -128,6 +72,9 @@ def folder_listing(root):
              f"({len(odd)} such classes); both must hold the same")
     if len(listing["train"]) < 2:
         fail(f"{root}/train: {len(listing['train'])} class folders; at least 2 are needed")
+    if left:
+        say(plain(f"note: not read, as hidden or in no class folder: {left[0]}"
+                  + f" and {len(left) - 1} more" * (len(left) > 1)))
     return listing
 
 
@@ -143,25 +90,57 @@ def fingerprint(listing):
     return digest.hexdigest()[:16]
 
 
-def read_folder(listing, size, fit):
-    """Return {"train": (images, labels), "test": ...} and the classes, decoded in parallel."""
-    classes, arrays = list(listing["train"]), {}
-    with ThreadPoolExecutor(cpus()) as pool:       # PIL decodes outside Python's lock
-        for split, folders in listing.items():
-            files = [path for name in classes for path in folders[name]]
-            labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])
-            images = np.empty((len(files), size, size, 3), np.uint8)
-            jobs = [pool.submit(read_image, path, size, fit) for path in files]
-            try:
-                for i, job in enumerate(progress(jobs, f"decoding {split}")):
-                    images[i] = job.result()
-            except ValueError as error:
-                fail(f"{error}; mend or remove it")
-            finally:        # an error or Ctrl-C would else wait until all of them are decoded
-                for job in jobs:
-                    job.cancel()
-            arrays[split] = images, labels
-    return arrays, classes
+def decode_all(files, size, fit, what):
+    """Return (N, size, size, 3) uint8, decoded in parallel, and {row: why} of files that cannot be
+    decoded."""
+    images, bad = np.empty((len(files), size, size, 3), np.uint8), {}
+
+    def fill(row):
+        images[row] = read_image(files[row], size, fit)
+
+    # PIL decodes outside Python's lock.
+    with decoding(), ThreadPoolExecutor(cpus()) as pool:
+        jobs = [pool.submit(fill, row) for row in range(len(files))]
+        try:
+            for row, job in enumerate(progress(jobs, what)):
+                try:
+                    job.result()
+                except ValueError as error:
+                    bad[row] = str(error)
+        except (OSError, MemoryError) as error:
+            fail(error)
+        finally:        # an error or Ctrl-C would else wait until all of them are decoded
+            for job in jobs:
+                job.cancel()
+    return images, bad
+
+
+def read_folder(listing, size, fit, skip_bad=False):
+    """Return {"train": (images, labels), "test": ...}, the classes, and a line for each file left
+    out as it cannot be decoded; without skip_bad one such file ends with a line."""
+    classes, arrays, skipped = list(listing["train"]), {}, []
+    for split, folders in listing.items():
+        files = [path for name in classes for path in folders[name]]
+        labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])
+        images, bad = decode_all(files, size, fit, f"decoding {split}")
+        if bad:
+            images, labels = (np.delete(array, list(bad), 0) for array in (images, labels))
+        skipped += bad.values()
+        arrays[split] = images, labels
+    if skipped and not skip_bad:
+        fail(f"{skipped[0]}; mend or remove it (such files: {len(skipped)} of {count(listing)}), "
+             "or leave them out with --skip-bad")
+    for split, (_, labels) in arrays.items():
+        for label in set(range(len(classes))) - set(labels.tolist()):
+            name = classes[label]
+            fail(f"--skip-bad would leave no image of class {name!r} in {split}, where "
+                 f"{listing[split][name][0]} is the first that cannot be decoded; mend them, or "
+                 "remove the class")
+    return arrays, classes, skipped
+
+
+def count(listing):
+    return sum(len(files) for classes in listing.values() for files in classes.values())
 
 
 def progress(items, what):
@@ -246,6 +225,7 @@ def tiny_listing(root):
 # ---- the arrays on disk -----------------------------------------------------------------------
 
 CACHE_VERSION = 2      # raised when what is stored changes
+LISTED = 20             # files left out that the terminal shows; skipped.txt has all
 
 
 def shuffled(labels):
@@ -272,8 +252,9 @@ def mean_and_std(images):
 
 
 def make_arrays(read):
-    """Read a data set; return its four arrays and what is known of them."""
-    arrays, classes = read()
+    """Read a data set; return its four arrays and what is known of them. read() returns what
+    read_cifar10 does, perhaps followed by the lines of files that were left out."""
+    arrays, classes, *skipped = read()
     (images, labels), (test_images, test_labels) = arrays["train"], arrays["test"]
     order = shuffled(labels)
     arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
@@ -284,7 +265,7 @@ def make_arrays(read):
         digest.update(arrays[name])
     mean, std = mean_and_std(images)
     return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
-                        std=std, key=digest.hexdigest())
+                        std=std, key=digest.hexdigest(), skipped=sum(skipped, []))
 
 
 def mapped(folder):
@@ -296,6 +277,25 @@ def mapped(folder):
     except (OSError, EOFError, ValueError):
         return None
     return (arrays, facts) if facts.get("version") == CACHE_VERSION else None
+
+
+def image_arrays(folder, kind, listing, size, fit, skip_bad=False):
+    """Return (arrays, facts) of a listing's files, kept in folder/<kind>-<their fingerprint>. Where
+    files are left out they are kept under another name, and say so at every start."""
+    whole = folder / f"{kind}-{fingerprint(listing)}"
+    if not skip_bad or mapped(whole):
+        return cached_arrays(whole, lambda: read_folder(listing, size, fit))
+    part = whole.with_name(f"{whole.name}+skip")
+    arrays, facts = cached_arrays(part, lambda: read_folder(listing, size, fit, skip_bad=True))
+    skipped, kept_list = facts["skipped"], part / "skipped.txt"
+    if skipped:
+        say(f"--skip-bad: {len(skipped)} of {count(listing)} image files left out")
+        shown = LISTED if kept_list.is_file() else None
+        for line in skipped[:shown]:
+            say(f"  {plain(line)}")
+        if len(skipped) > len(skipped[:shown]):
+            say(plain(f"  ... and {len(skipped) - LISTED} more: {kept_list}"))
+    return arrays, facts
 
 
 def cached_arrays(folder, read):
@@ -316,6 +316,9 @@ def kept(folder, arrays, facts):
         aside.mkdir(parents=True)
         for name, array in arrays.items():
             np.save(aside / f"{name}.npy", array)
+        if facts.get("skipped"):
+            lines = "".join(f"{plain(line)}\n" for line in facts["skipped"])
+            (aside / "skipped.txt").write_text(lines, encoding="utf-8")
         (aside / "meta.json").write_text(json.dumps(facts))
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
         # nor those that a process was writing when it was killed.

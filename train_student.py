@@ -49,7 +49,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     """
     args, device = common.set_up(args)
     splits = data.load(args.dataset, args.data_dir, args.labels, args.val_fraction, args.seed,
-                       args.image_size, args.fit, args.normalise)
+                       args.image_size, args.fit, args.normalise, args.skip_bad)
     shape = (3, *splits.train.images.shape[1:3])
     torch.manual_seed(common.seed_for(args.seed, "weights"))
     build = dict(arch=args.arch, num_classes=len(splits.classes), image_shape=shape, init=args.init,

@@ -8,6 +8,7 @@ import tiny
 from PIL import Image
 
 import data
+import decode
 import digits
 import readers
 
@@ -21,7 +22,7 @@ def save(path, image, **options):
 
 
 def read(path, size=4, fit="resize"):
-    pixels = readers.read_image(path, size, fit)
+    pixels = decode.read_image(path, size, fit)
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
     return pixels
 
@@ -66,7 +67,7 @@ def test_a_transparent_palette_entry_is_black(tmp_path):
 def test_an_image_of_the_right_size_is_kept_as_it_is(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     path = save(tmp_path / "a.png", Image.fromarray(pixels))
-    for fit in readers.FITS:
+    for fit in decode.FITS:
         np.testing.assert_array_equal(read(path, 16, fit), pixels)
 
 
@@ -98,7 +99,7 @@ def test_what_each_fit_keeps(tmp_path, wide):
     assert (scaled[:2] == 0).all() and (scaled[4:] == 0).all() and (scaled[2:4].max(2) > 120).all()
 
 
-@pytest.mark.parametrize("fit", readers.FITS)
+@pytest.mark.parametrize("fit", decode.FITS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (51, 3), (17, 16), (300, 299)])
 def test_any_size_fits(tmp_path, fit, size):
     path = save(tmp_path / "a.png", Image.new("RGB", size, (50, 60, 70)))
@@ -273,5 +274,5 @@ def test_a_phone_picture_is_set_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                # orientation: turn a quarter clockwise
     Image.fromarray(pixels).save(tmp_path / "lying.png", exif=exif)
-    read = readers.read_image(tmp_path / "lying.png", 8, "resize")
+    read = decode.read_image(tmp_path / "lying.png", 8, "resize")
     assert (read[:4] == 200).all() and (read[4:] == 0).all()        # bright on top

@@ -57,6 +57,21 @@ def bomb():
     return made.getvalue()
 
 
+def lying_zip():
+    """Its file of 3 MB says, in both headers, that it has 10 bytes."""
+    body = bomb()
+    assert body.count((3_000_000).to_bytes(4, "little")) == 2
+    return body.replace((3_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+
+
+def lying_tar():
+    """Its first file has less than no bytes; the header's sum is right."""
+    info = tarfile.TarInfo(f"{FOLDER}/a")
+    info.size = -1024
+    made = io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    return made.getvalue()
+
+
 GOOD = {f"{FOLDER}/a": b"first", f"{FOLDER}/deep/b": b"second"}
 
 
@@ -97,9 +112,21 @@ def test_a_good_archive_is_unpacked_whole(root, name, archive):
     ("a.zip", bomb(), "larger than"),
     ("a.zip", zipped(**GOOD).replace(b"second", b"secund"), "CRC"),
     ("a.zip", b"no archive at all", "cannot be unpacked"),
+    ("a.tar.gz", tarred(*(member(f"{FOLDER}/{i}") for i in range(30)), **GOOD), "more than 20"),
+    ("a.zip", zipped(**{f"{FOLDER}/{i}": b"" for i in range(30)}, **GOOD), "more than 20"),
+    ("a.tar.gz", tarred(*[member(f"{FOLDER}/d", tarfile.DIRTYPE)] * 30, **GOOD), "more than 20"),
+    ("a.tar.gz", tarred(**GOOD, **{f"{FOLDER}/A": b"x"}), "'set/A' is in it twice"),
+    ("a.zip", zipped(**GOOD, **{f"{FOLDER}/DEEP/b": b"x"}), "twice"),
+    ("a.tar.gz", tarred(**GOOD, **{f"{FOLDER}/a\nb": b"x"}), "no plain name"),
+    ("a.zip", zipped(**GOOD, **{f"{FOLDER}/\x1b[2J": b"x"}), "no plain name"),
+    ("a.tar.gz", tarred(member(f"{FOLDER}/b", tarfile.BLKTYPE, devmajor=8), **GOOD), "a device"),
+    ("a.tar.gz", lying_tar(), "larger than"),
+    ("a.zip", lying_zip(), "cannot be unpacked"),
+    ("a.tar.gz", tarred(**GOOD, **{f"{FOLDER}/a/c": b"x"}), "cannot be unpacked"),
 ])
 def test_a_strange_archive_is_refused(root, capsys, monkeypatch, name, archive, reason):
     monkeypatch.setattr(download, "LARGEST", 2_000_000)
+    monkeypatch.setattr(download, "MOST", 20)
     (root / name).write_bytes(archive)
     before = sorted(root.parent.rglob("*"))
     with pytest.raises(SystemExit) as stop:
@@ -108,6 +135,23 @@ def test_a_strange_archive_is_refused(root, capsys, monkeypatch, name, archive, 
     assert stop.value.code == 2 and line.count("\n") == 1 and reason in line
     assert str(root / name) in line
     assert sorted(root.parent.rglob("*")) == before and not Path("/tmp/evil").exists()
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_no_file_of_an_archive_gets_rights_that_matter(root, monkeypatch, filtered):
+    if not filtered:
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    rights = member(f"{FOLDER}/tool", mode=0o6777)
+    (root / "a.tar.gz").write_bytes(tarred(rights, **GOOD))
+    download.unpack(root / "a.tar.gz", FOLDER)
+    for path in (root / FOLDER).rglob("*"):
+        assert not path.stat().st_mode & (0o6000 | (0o111 if path.is_file() else 0)), path
+
+
+def test_an_archive_in_an_archive_stays_one(root):
+    (root / "a.zip").write_bytes(zipped(**GOOD, **{f"{FOLDER}/more.zip": bomb()}))
+    download.unpack(root / "a.zip", FOLDER)
+    assert (root / FOLDER / "more.zip").read_bytes() == bomb()
 
 
 def test_a_process_killed_while_unpacking_leaves_no_half_folder(root, monkeypatch):

@@ -1,0 +1,105 @@
+"""One image file → RGB pixels of one size, or a line that says why not. Files are untrusted: their
+sizes are held against a limit, and no other program is started.
+
+No command of its own, and no torch.
+"""
+import contextlib
+import errno
+import os
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def resize(image, size):
+    """Stretch to size × size: everything stays in the picture, the proportions do not."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def crop(image, size):
+    """Scale the shorter side to size and cut the middle: proportions stay, the ends are lost."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels are too long and thin to crop")
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))
+
+
+def pad(image, size):
+    """Scale the longer side to size, black around it: nothing is cut, the object gets smaller."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    canvas = Image.new("RGB", (size, size))
+    canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR),
+                 ((size - width) // 2, (size - height) // 2))
+    return canvas
+
+
+FITS = {"resize": resize, "crop": crop, "pad": pad}
+
+
+def to_rgb(image):
+    """Return an image of any mode as RGB: 16 bits scaled to 8, transparent pixels on black. Numbers
+    beyond 8 bits must be from 0 to 65535; floats up to 1 count as shares of white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(pixels).all():
+            kind = "NaN" if np.isnan(pixels).any() else "inf"
+            raise ValueError(f"holds pixels that are not finite, {kind}")
+        low, high = pixels.min(initial=0), pixels.max(initial=0)
+        if low < 0 or high > 65535:
+            raise ValueError(f"holds pixels from {low:g} to {high:g}; 0 to 65535 can be read")
+        top = 65535 if image.mode.startswith("I;16") or high > 255 else 255
+        top = 1 if image.mode == "F" and high <= 1 else top
+        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "black")
+        canvas.alpha_composite(image)
+        image = canvas
+    return image.convert("RGB")
+
+
+def upright(image):
+    """Return the image as its EXIF says it was held: phones store pictures lying down."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # broken EXIF says nothing about the pixels, which are decoded later
+        return image
+
+
+@contextlib.contextmanager
+def decoding():
+    """Let PIL refuse images above its limit of pixels, where it would warn, and warn of nothing
+    else. For the main thread: warnings' filters are those of all threads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def read_image(path, size, fit):
+    """Return one image file as (size, size, 3) uint8, of an animated one the first frame, whatever
+    its name ends in. A ValueError names the path and what is wrong with the file; an OSError, or a
+    MemoryError, is no fault of the file."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "EPS":       # PIL would start Ghostscript
+                raise ValueError("PostScript is a program, which is not run")
+            rgb = to_rgb(upright(image))
+        if rgb.size != (size, size):
+            rgb = FITS[fit](rgb, size)
+        return np.asarray(rgb)
+    except MemoryError:
+        raise MemoryError(f"{path}: not enough memory to decode it") from None
+    except Exception as error:      # PIL raises nearly any kind for damaged files
+        # A decoder that is led to a place before the file's start meets EINVAL.
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise OSError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "of no known format" if os.path.getsize(path) else "empty"
+        raise ValueError(f"{path}: not an image that can be decoded ({reason})") from None
