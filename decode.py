@@ -101,5 +101,5 @@ def read_image(path, size, fit):
             raise OSError(f"{path}: cannot be read ({error.strerror})") from None
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "of no known format" if os.path.getsize(path) else "empty"
+            reason = "of no known format, or cut short" if os.path.getsize(path) else "empty"
         raise ValueError(f"{path}: not an image that can be decoded ({reason})") from None

@@ -1,0 +1,249 @@
+"""Dirty folders: each odd file is read, or refused with its path and how many there are, or left
+out, counted and listed where --skip-bad asks for it."""
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import data
+import decode
+import readers
+import train_student
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.make_folder(tmp_path / "root", train=4, test=2)     # 24 files
+
+
+def load(root, **options):
+    return data.load("folder", root, image_size=8, val_fraction=0, **options)
+
+
+def refused(capsys, root, *parts, **options):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load(root, **options)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1, line
+    for part in parts:
+        assert str(part) in line, f"{part!r} is not in {line!r}"
+
+
+def floats(value):
+    pixels = np.full((16, 16), 0.5, np.float32)
+    pixels[3, 4] = value
+    return pixels
+
+
+def cut(path):
+    Image.fromarray(PIXELS).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD = {     # file -> (how it is written, what is said of it)
+    "text.jpg": (lambda path: path.write_text("no image\n"), "of no known format"),
+    "empty.png": (lambda path: path.write_bytes(b""), "empty"),
+    "cut.jpg": (cut, "truncated"),
+    "header.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "or cut short"),
+    "cut.png": (cut, "truncated"),
+    "cut.gif": (cut, "truncated"),
+    "nan.tif": (lambda path: Image.fromarray(floats(np.nan)).save(path), "not finite, NaN"),
+    "inf.tif": (lambda path: Image.fromarray(floats(-np.inf)).save(path), "not finite, inf"),
+    "below.tif": (lambda path: Image.fromarray(floats(-3)).save(path), "from -3 to 0.5"),
+    "deep.tif": (lambda path: Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(path),
+                 "to 70000"),
+    "program.eps": (lambda path: Image.fromarray(PIXELS).save(path), "PostScript"),
+    "bomb.png": (lambda path: Image.new("L", (20, 15)).save(path), "decompression bomb"),
+    "worse.png": (lambda path: Image.new("L", (50, 50)).save(path), "decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_by_path_and_reason(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 256)         # PIL warns up to twice as many
+    path = folder / "test" / "green" / name
+    write, reason = BAD[name]
+    write(path)
+    refused(capsys, folder, path, reason, "such files: 1 of 25", "--skip-bad")
+    assert len(load(folder, skip_bad=True).test.labels) == 8
+
+
+def test_other_damage_than_pil_knows_of_is_refused_too(folder, capsys, monkeypatch):
+    def odd(image):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(decode, "to_rgb", odd)
+    refused(capsys, folder, folder / "train" / "blue" / "0.png", "list index", "24 of 24")
+
+
+def test_a_strip_of_pixels_does_not_grow_without_end(folder, capsys):
+    path = folder / "train" / "red" / "strip.png"
+    Image.new("L", (2, 60_000)).save(path)
+    with pytest.raises(ValueError, match="2×60000 pixels are too long"):
+        decode.read_image(path, 128, "crop")
+    for fit in ("resize", "pad"):
+        assert decode.read_image(path, 128, fit).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("name, options, colour", [
+    ("a.png", dict(format="JPEG"), (200, 90, 10)),              # mislabelled, but an image
+    ("A.JPG", {}, (200, 90, 10)),
+    ("a", dict(format="PNG"), (200, 90, 10)),
+    ("moving.gif", dict(save_all=True, append_images=[Image.new("RGB", (4, 4))]), (200, 90, 10)),
+    ("moving.tif", dict(save_all=True, append_images=[Image.new("RGB", (4, 4))]), (200, 90, 10))])
+def test_an_odd_file_is_read(tmp_path, name, options, colour):
+    Image.new("RGB", (4, 4), colour).save(tmp_path / name, **options)
+    found = decode.read_image(tmp_path / name, 4, "resize")
+    assert np.abs(found.astype(int) - colour).max() <= 6        # JPEG and GIF change colours
+
+
+def test_floats_up_to_1_are_shares_of_white(tmp_path):
+    Image.fromarray(floats(1.0)).save(tmp_path / "a.tif")
+    found = decode.read_image(tmp_path / "a.tif", 16, "resize")
+    assert (found[3, 4] == 255).all() and (found[0, 0] == 128).all()
+
+
+# ---- --skip-bad -------------------------------------------------------------------------------
+
+def spoil(folder, *names):
+    for name in names:
+        (folder / name).write_text("no image\n")
+
+
+def test_all_bad_files_are_counted_and_left_out(folder, capsys):
+    bad = ("train/blue/1.png", "train/red/3.png", "test/grey/0.png")
+    whole = load(folder)
+    spoil(folder, *bad)
+    refused(capsys, folder, folder / bad[0], "such files: 3 of 24", "--skip-bad")
+    splits = load(folder, skip_bad=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "--skip-bad: 3 of 24 image files left out" and len(lines) == 4
+    for line, name in zip(lines[1:], bad, strict=True):
+        assert str(folder / name) in line and "of no known format" in line
+    assert np.bincount(splits.train.labels).tolist() == [3, 4, 4, 3]
+    assert np.bincount(splits.test.labels).tolist() == [2, 2, 1, 2]
+    # Those that stay are the ones that they were, with their labels.
+    pairs = {(image.tobytes(), int(label)) for image, label in zip(*whole.train, strict=True)}
+    left = {(image.tobytes(), int(label)) for image, label in zip(*splits.train, strict=True)}
+    assert left < pairs and len(left) == 14 and splits.key != whole.key
+
+
+def test_the_arrays_say_so_again_and_serve_no_other(folder, capsys, monkeypatch):
+    path = folder / "train" / "blue" / "1.png"
+    good = path.read_bytes()
+    spoil(folder, "train/blue/1.png")
+    first = load(folder, skip_bad=True)
+    told, decoded = capsys.readouterr().out, []
+    monkeypatch.setattr(readers, "read_image",
+                        lambda *words: decoded.append(1) or decode.read_image(*words))
+    again = load(folder, skip_bad=True)
+    assert capsys.readouterr().out == told and not decoded and again.key == first.key
+    assert isinstance(again.train.images, np.memmap)
+    refused(capsys, folder, path, "such files: 1 of 24")        # without the flag
+    path.write_bytes(good)
+    decoded.clear()
+    whole = load(folder)
+    assert len(decoded) == 24 and len(whole.train.labels) == 16
+    decoded.clear()                         # where all are good, their arrays serve both
+    assert load(folder, skip_bad=True).key == whole.key and not decoded
+    assert capsys.readouterr().out == "" and len(list((folder / ".arrays").iterdir())) == 1
+
+
+def test_a_long_list_is_cut_and_kept_whole(folder, capsys):
+    for i in range(25):
+        spoil(folder, f"train/blue/bad\n{i}.png")
+    load(folder, skip_bad=True)
+    lines = capsys.readouterr().out.splitlines()
+    (listed,) = folder.glob(".arrays/*/skipped.txt")
+    assert len(lines) == 22 and lines[0].startswith("--skip-bad: 25 of 49")
+    assert lines[-1] == f"  ... and 5 more: {listed}"
+    assert [f"  {line}" for line in listed.read_text().splitlines()[:20]] == lines[1:21]
+    assert len(listed.read_text().splitlines()) == 25
+    shutil.rmtree(folder / ".arrays")
+    (folder / ".arrays").write_text("in the way")       # nowhere to keep it: all are shown
+    load(folder, skip_bad=True)
+    assert len(capsys.readouterr().out.splitlines()) == 26
+
+
+def test_a_class_without_any_image_left_is_refused(folder, capsys):
+    spoil(folder, "test/grey/0.png", "test/grey/1.png")
+    refused(capsys, folder, "'grey' in test", folder / "test/grey/0.png", skip_bad=True)
+    assert not list(folder.glob(".arrays/*"))
+
+
+@pytest.mark.parametrize("error, part", [
+    (OSError(5, "Input/output error"), "Input/output error"),
+    (PermissionError(13, "Permission denied"), "Permission denied"),
+    (MemoryError(), "not enough memory")])
+def test_what_is_no_fault_of_a_file_does_not_skip_it(folder, capsys, monkeypatch, error, part):
+    def broken(path, *_, whole=Image.open, **__):
+        if path.name == "2.png":
+            raise error
+        return whole(path)
+
+    monkeypatch.setattr(Image, "open", broken)
+    refused(capsys, folder, "2.png", part, skip_bad=True)
+    assert not list(folder.glob(".arrays/*"))
+
+
+def test_only_sets_of_image_files_have_the_flag(tmp_path, capsys):
+    tiny.refused(capsys, data, ["--skip-bad", "--data-dir", tmp_path], "--skip-bad", "digits",
+                 "leave it out")
+
+
+def test_a_run_says_what_it_left_out_and_is_no_other(folder, tmp_path, capsys):
+    """The data's key tells runs apart, so the flag alone does not."""
+    final = tiny.run(train_student, folder, tmp_path, epochs=1)
+    words = tiny.words(folder, tmp_path, epochs=1)
+    assert train_student.main([*words, "--skip-bad"]) == final
+    spoil(folder, "train/blue/1.png")
+    tiny.refused(capsys, train_student, [*words, "--skip-bad"], "data_key", "--overwrite")
+    tiny.run(train_student, folder, tmp_path, "--skip-bad", "--overwrite", epochs=1)
+    said = tiny.said(capsys)
+    assert "--skip-bad: 1 of 24 image files left out" in said and "11 train, 4 validation" in said
+
+
+# ---- folders ----------------------------------------------------------------------------------
+
+def test_what_is_not_read_is_told(folder, capsys):
+    load(folder)
+    assert capsys.readouterr().out == ""
+    (folder / "train" / "blue" / ".DS_Store").write_text("x")
+    load(folder)
+    hidden = folder / "train" / "blue" / ".DS_Store"
+    assert capsys.readouterr().out == f"note: not read, as hidden or in no class folder: {hidden}\n"
+    (folder / "train" / "stray.png").write_text("x")
+    (folder / "val").mkdir()
+    load(folder)
+    assert f"{folder / 'val'} and 2 more" in capsys.readouterr().out
+
+
+def test_files_that_are_none_are_refused(folder, capsys):
+    os.mkfifo(folder / "train" / "red" / "pipe.png")        # reading it would wait for ever
+    refused(capsys, folder, folder / "train" / "red" / "pipe.png", "neither a file nor a folder")
+
+
+def test_folders_without_end_are_refused(folder, capsys):
+    (folder / "train" / "red" / "/".join("d" * 150)).mkdir(parents=True)
+    refused(capsys, folder, "more than 100 folders deep")
+
+
+def test_a_file_that_goes_while_it_is_looked_at(folder, capsys, monkeypatch):
+    def late(listing, whole=readers.fingerprint):
+        (folder / "train" / "red" / "0.png").unlink()
+        return whole(listing)
+
+    monkeypatch.setattr(readers, "fingerprint", late)
+    refused(capsys, folder, folder / "train" / "red" / "0.png", "No such file")
+
+
+def test_one_image_a_class_is_enough(tmp_path):
+    folder = tiny.make_folder(tmp_path / "root", train=1, test=1, side=2)
+    final = tiny.run(train_student, folder, tmp_path, "--val-fraction", 0)
+    assert final["val_accuracy"] is None and 0 <= final["test_accuracy"] <= 1
