@@ -9,8 +9,8 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from flags import fail
-from runs import METRICS, altered
+from flags import fail, plain
+from runs import METRICS, SCHEMA, altered
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -85,6 +85,10 @@ def _read_run(folder):
         fail(f"{path}: lacks the column {error}; {way_out}")
     except (OSError, TypeError, ValueError) as error:
         fail(f"{path}: missing or cut short ({error}); {way_out}")
+    for file, facts in (("config.json", config), ("final.json", final)):
+        if facts.get("schema", SCHEMA) != SCHEMA:
+            fail(f"{folder / file}: written by another version of these scripts (schema "
+                 f"{facts['schema']}, now {SCHEMA}); {way_out}")
     for key in (*NUMBERS, "learned", "device", "precision", "torch"):
         if key not in final:
             fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
@@ -131,7 +135,7 @@ def label(key):
     """What a row is called: ROWS, else the run's own name."""
     name, _, average = key.partition("/")
     default = f"{label(name)}, {average}" if average else name
-    return ROWS.get(key, (default,))[0]
+    return ROWS.get(key, (plain(default),))[0]
 
 
 def make_rows(groups):

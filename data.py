@@ -23,7 +23,7 @@ import download
 import readers
 from common import generator, seed_for
 from device import rank, world
-from flags import SIDES, fail, launch, number, parse
+from flags import SIDES, fail, launch, number, parse, plain
 
 
 class Split(NamedTuple):
@@ -306,9 +306,12 @@ def draw_grid(batch, raw, splits, path):
             axes.axis("off")
             if i < n:
                 axes.imshow(images[i])
-                axes.set_title((*splits.classes, "no label")[batch.y[i]][:12], fontsize=8, pad=2)
+                name = plain((*splits.classes, "no label")[batch.y[i]])[:12]
+                axes.set_title(name.replace("$", r"\$"), fontsize=8, pad=2)
     try:
-        figure.savefig(path, dpi=100)
+        with warnings.catch_warnings():     # a box stands for letters that the font lacks
+            warnings.filterwarnings("ignore", "Glyph")
+            figure.savefig(path, dpi=100)
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}); give --out FILE")
 
@@ -328,7 +331,7 @@ def main(argv=None):
     print(f"{args.dataset}: {facts['train']} train, {facts['val']} validation, {facts['test']} "
           f"test images of {'×'.join(map(str, splits.train.images.shape[1:]))}")
     names = [*splits.classes[:20], "…"][:len(splits.classes)]
-    print(len(splits.classes), "classes:", ", ".join(names))
+    print(plain(f"{len(splits.classes)} classes: {', '.join(names)}"))
     print("mean", *(f"{v:.4f}" for v in splits.mean), " std", *(f"{v:.4f}" for v in splits.std))
     if args.show:
         batches = Batches(splits.train, splits.mean, splits.std, args.show, augment=args.augment)
@@ -336,7 +339,7 @@ def main(argv=None):
         batch = Batch(batches.look(rows, batches.draw("view", 1)), batches.labels[rows], rows)
         facts["picture"] = args.out or str(Path(args.data_dir) / f"{args.dataset}.png")
         draw_grid(batch, splits.train.images[:len(rows)], splits, facts["picture"])
-        print(facts["picture"])
+        print(plain(facts["picture"]))
     return facts
 
 

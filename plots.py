@@ -5,6 +5,7 @@ Figures are made without pyplot: no window, no global state, nothing to close.
 
 import io
 import math
+import warnings
 from pathlib import Path
 from statistics import mean
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from flags import plain
 from runs import write_whole
 
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
@@ -195,7 +197,9 @@ def _dots(epochs):
 
 
 def _short(label):
-    return label if len(label) <= 28 else label[:26] + ".."
+    """A name in a picture: not too long, and no mathematics where it holds dollars."""
+    label = plain(label)
+    return (label if len(label) <= 28 else label[:26] + "..").replace("$", r"\$")
 
 
 def _plain(axes, ylabel, xlabel=None):
@@ -230,7 +234,9 @@ def _save(figure, path):
     """Write the PNG in 256 colours, coarser where it would still pass 200 KB."""
     for dots_per_inch in (150, 110, 80, 60):
         buffer, small = io.BytesIO(), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dots_per_inch)
+        with warnings.catch_warnings():     # a box stands for letters that the font lacks
+            warnings.filterwarnings("ignore", "Glyph")
+            figure.savefig(buffer, format="png", dpi=dots_per_inch)
         Image.open(buffer).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
         if small.tell() < MOST_BYTES:
             break

@@ -27,7 +27,7 @@ from compare import (
     make_rows,
     read_runs,
 )
-from flags import RECIPES, Parser, fail, launch, settings, words
+from flags import RECIPES, Parser, fail, launch, plain, settings, words
 from plots import MOST_BYTES, draw_comparison, draw_details
 from runs import SUMS, write_whole
 
@@ -87,7 +87,7 @@ def _command(role, recipe, results_dir, config):
     for key, value in {**config, "results_dir": results_dir}.items():
         if key in ("dataset", "data_dir", "seed", "results_dir") and value != default[key]:
             words += ["--" + key.replace("_", "-"), str(value)]
-    return shlex.join(words)
+    return plain(shlex.join(words))
 
 
 def _spread(groups, key):
@@ -160,14 +160,15 @@ def write(flags):
     report, runs, pooled = build(flags.recipe, flags.results_dir)
     folder = Path(flags.results_dir) / flags.recipe
     write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_whole(folder / "report.md", render.markdown(report).encode())
+    write_whole(folder / "report.md", render.markdown(report).encode(errors="backslashreplace"))
     picture = folder / "comparison.png"
     draw_comparison(report["rows"], runs, picture, flags.recipe, report["chance"])
     if pooled:
         draw_details({label(key): (calibration(*pooled[key])[1], confusion(*pooled[key]))
                       for key in [key for key in DETAILED if key in pooled] or list(pooled)[:4]},
                      folder / "details.png")
-    print(f"{render.terminal(report)}\n\nreport   {folder / 'report.md'}\npicture  {picture}")
+    print(f"{render.terminal(report)}\n\nreport   {plain(folder / 'report.md')}\n"
+          f"picture  {plain(picture)}")
     return report
 
 
@@ -241,7 +242,7 @@ def page(args):
     if not reports and not sweeps:
         fail(f"no finished run below {root}: make all trains those of the digits")
     text = render.html_page(root, reports, sweeps)
-    write_whole(root / "report.html", text.encode())
+    write_whole(root / "report.html", text.encode(errors="backslashreplace"))
     print(f"page     {root / 'report.html'}, {len(text) / 1e6:.1f} MB")
     return {"page": str(root / "report.html"), "recipes": [found["recipe"] for found in reports],
             "sweeps": [path.name for path in sweeps]}

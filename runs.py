@@ -123,8 +123,8 @@ def open_run(args, config, name):
     --overwrite, or a resumed one with other settings ends with one line naming what differs.
     """
     name = name if args.run is None else args.run
-    if not name.strip(".") or set(name) & set("/\\\0\n"):
-        fail(f"--run {name!r}: a plain folder name is needed, without slashes")
+    if not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable():
+        fail(f"--run {name!r}: a plain folder name is needed, without slashes or a dot in front")
     folder = Path(args.results_dir) / args.recipe / name
     if args.overwrite or not folder.exists():
         return folder, None

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import compare
 import runs
-from flags import RECIPES, Parser, fail, say, settings
+from flags import RECIPES, Parser, fail, plain, say, settings
 from plots import OTHER_COLOURS, OTHER_LINES, TEXT
 from render import pipes
 
@@ -192,5 +192,5 @@ def draw(path, names, grids, rows, title):
         axes.legend(frameon=False, fontsize=TEXT - 1)
     seeds = max(len(row["seeds"]) for row in rows)
     note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
-    axes.set_title(f"{title}\n{note}", fontsize=TEXT)
+    axes.set_title(f"{plain(title)}\n{note}", fontsize=TEXT, parse_math=False)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,262 @@
+"""Files and names from elsewhere: checkpoints that lie, names of any letters, terminals of any
+encoding, runs of other versions."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_runs
+import pytest
+import tiny
+import torch
+
+import common
+import data
+import distill
+import look
+import models
+import report
+import runs
+import train_student
+from flags import plain
+
+HOUSE = Path(common.__file__).parent
+NAMES = ("with space", "quo'te\"s $(touch x)", "new\nline", "猫 ж ß", "-dash", "--help", "a$b$c_{^",
+         "<b>|pipe`", r"a$\frac{$", "\x1b[31mred", "\udcff\udcfe undecodable", "é" * 100)
+
+
+# ---- a best.pt that lies ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def card(chain):
+    return tiny.load(chain[0] / "digits" / "student-s0" / "best.pt")
+
+
+class Odd:
+    """Something that no card may hold, but that weights_only=True lets pass."""
+    huge = torch.zeros(1).expand(10**6, 10**6)      # 4 bytes that claim to be 4 TB
+    nowhere = torch.empty(64, 64, device="meta")
+
+
+def built(**changed):
+    return lambda card: card | dict(build=card["build"] | changed)
+
+
+def weights(name, value):
+    return lambda card: card | dict(model=card["model"] | {name: value})
+
+
+HEAD = "classifier.3.weight"
+LIES = {
+    "arch": (built(arch="../../etc/passwd"), "unknown arch '../../etc/passwd'"),
+    "no arch": (built(arch=None), "unknown arch None"),
+    "list for a name": (built(pool=["max"] * 10**5), "unknown pool ['max', 'max'"),
+    "another key": (built(hidden=(10**9,)), "how to build"),
+    "no dict": (lambda card: card | dict(build="digits-student"), "how to build"),
+    "huge images": (built(image_shape=(3, 10**9, 10**9)), "(3, 1000000000, 1000000000)"),
+    "large images": (built(image_shape=(3, 4096, 4096)), "do not fit the network it names"),
+    "negative images": (built(image_shape=(3, -16, -16)), "(3, -16, -16)"),
+    "small images": (built(image_shape=(3, 1, 1)), "too small"),
+    "grey images": (built(image_shape=(1, 16, 16)), "(1, 16, 16)"),
+    "shape of words": (built(image_shape="abc"), "'abc'"),
+    "classes in number": (built(num_classes=10**9), "1000000000 classes"),
+    "classes of letters": (lambda card: card | dict(classes="abcd"), "'abcd'"),
+    "long classes": (lambda card: card | dict(classes=["x" * 10**6] * 4), "4 classes"),
+    "many classes": (lambda card: card | dict(classes=["x" * 100] * 10**6), "4 classes"),
+    "classes that are none": (lambda card: card | dict(classes=[1, 2, 3, 4]), "[1, 2, 3, 4]"),
+    "mean of two": (lambda card: card | dict(mean=(0.5, 0.5)), "(0.5, 0.5)"),
+    "mean not finite": (lambda card: card | dict(mean=(0.5, 0.5, float("nan"))), "nan"),
+    "std of zero": (lambda card: card | dict(std=(0.5, 0.0, 0.5)), "(0.5, 0.0, 0.5)"),
+    "no std": (lambda card: card | dict(std=None), "None"),
+    "val_fraction": (lambda card: card | dict(val_fraction="much"), "val_fraction 'much'"),
+    "labels": (lambda card: card | dict(labels=[1]), "labels [1]"),
+    "no weights": (lambda card: card | dict(model=None), "do not fit"),
+    "weights too many": (weights("extra", torch.zeros(1)), "'extra'"),
+    "weights too few": (lambda card: card | dict(model={}), "do not fit"),
+    "weights of a number": (lambda card: card | dict(model={1: 2}), "do not fit"),
+    "a number for weights": (weights(HEAD, 0.5), f"{HEAD} is no plain tensor"),
+    "weights of another shape": (weights(HEAD, torch.zeros(4, 63)), "(4, 63), not (4, 64)"),
+    "weights of letters": (weights(HEAD, "x"), f"{HEAD} is no plain tensor"),
+    "huge weights of 4 bytes": (weights(HEAD, Odd.huge), f"{HEAD} is no plain tensor"),
+    "weights on no device": (weights(HEAD, Odd.nowhere), f"{HEAD} is no plain tensor"),
+    "sparse weights": (weights(HEAD, torch.zeros(4, 64).to_sparse()), "no plain tensor"),
+    "complex weights": (weights(HEAD, torch.zeros(4, 64) * 1j), "no plain tensor"),
+    "NaN": (weights(HEAD, torch.full((4, 64), float("nan"))), f"{HEAD} holds weights that are not"),
+    "inf": (weights(HEAD, torch.full((4, 64), float("inf"))), f"{HEAD} holds weights that are not"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_card_that_lies_is_refused_in_a_line(card, tmp_path, capsys, lie):
+    change, part = LIES[lie]
+    common.save_checkpoint(tmp_path / "best.pt", change(card))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        models.load(tmp_path / "best.pt")
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and len(line) < 600
+    assert part in line, line
+
+
+def test_the_card_is_good_as_it_is(card, tmp_path):
+    common.save_checkpoint(tmp_path / "best.pt", card)
+    network, _ = models.load(tmp_path / "best.pt")
+    assert tiny.same(dict(network.state_dict()), card["model"])
+
+
+def test_an_average_that_is_not_there(card, tmp_path, capsys):
+    for lacks in (card | dict(ema=None), {k: v for k, v in card.items() if k != "ema"}):
+        common.save_checkpoint(tmp_path / "best.pt", lacks)
+        with pytest.raises(SystemExit):
+            models.load(tmp_path / "best.pt", average=True)
+        assert "holds no average" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fit", [None, "squash", ["crop"]])
+def test_a_card_that_does_not_say_how_images_fit(card, easy, tmp_path, capsys, fit):
+    common.save_checkpoint(tmp_path / "best.pt", card | dict(fit=fit))
+    tiny.refused(capsys, look, ["predict", tmp_path, easy / "test/red/0.png"], tmp_path,
+                 "brought to its size")
+
+
+# ---- names ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A folder whose classes have odd names, in a folder with one: (folder, results)."""
+    top = tmp_path_factory.mktemp("names") / "new\nline and $(space) ж \udcff"
+    root = tiny.make_folder(top / "root", train=3, test=2)
+    for part in ("train", "test"):
+        for i, name in enumerate(NAMES):
+            target = root / part / name
+            target.mkdir()
+            for file in (root / part / list(tiny.COLOURS)[i % 4]).iterdir():
+                (target / f"{name}-{file.name}").hardlink_to(file)
+    results = top / "results"
+    tiny.run(train_student, root, results, epochs=1, curves=True)
+    return root, results
+
+
+def test_names_go_from_reading_to_report_and_prediction(named, capsys, recwarn):
+    root, results = named
+    classes = data.load("folder", root, image_size=16).classes
+    assert set(classes) == {*NAMES, *tiny.COLOURS}
+    assert list(tiny.load(results / "digits/student-s0/best.pt")["classes"]) == list(classes)
+
+    image = root / "test" / "new\nline" / "new\nline-0.png"
+    capsys.readouterr()
+    (found,) = look.main(["predict", str(results / "digits" / "student-s0"), str(image)])
+    assert found["image"] == str(image) and found["class"] in classes
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "new\\nline-0.png" in printed and printed.isascii() is False
+
+    made = data.main(["--dataset", "folder", "--data-dir", str(root), "--show", "16", "--out",
+                      str(results / "grid $x$ ж.png")])
+    assert Path(made["picture"]).stat().st_size > 1000
+    assert "\\x1b[31mred" in capsys.readouterr().out
+    report.main(["--results-dir", str(results)])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\\udcff" in out
+    assert not [str(w.message) for w in recwarn if "lyph" in str(w.message)]
+
+
+@pytest.mark.parametrize("run", ["with space", "quo'te\"s", "猫 ж", "-dash", "--help", r"a$\frac{$",
+                                 "<b>|pipe`", "\x1b[2J\udcff"])
+def test_runs_of_any_plain_name_are_reported(tmp_path, run):
+    fake_runs.make_six(tmp_path, only=("teacher", "student"))
+    fake_runs.make_run(tmp_path, "odd", test=75).rename(tmp_path / "digits" / run)
+    made = report.main(["--results-dir", str(tmp_path)])
+    assert plain(run) in [row["label"] for row in made["rows"]]
+    report.main(["html", "--results-dir", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<b>|pipe" not in page
+
+
+@pytest.mark.parametrize("run", ["new\nline", "\x1b[31m", "\udcff", ".hidden", "..", "a/b",
+                                 " ", ""])
+def test_run_names_that_would_vanish_or_break_a_line_are_refused(easy, tmp_path, capsys, run):
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path / "r", f"--run={run}"), "--run")
+    assert not (tmp_path / "r").exists()
+
+
+# ---- terminals --------------------------------------------------------------------------------
+
+def typed(*words, encoding="ascii", **options):
+    """A script as typed where the language is C and nothing is UTF-8."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
+    env |= dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", OMP_NUM_THREADS="1",
+                PYTHONIOENCODING=encoding)
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, **options)
+
+
+def test_a_terminal_of_ascii(named, tmp_path):
+    root, results = named
+    shown = typed(HOUSE / "train_student.py", "--dry-run", *tiny.words(root, tmp_path))
+    assert shown.returncode == 0, shown.stderr.decode()
+    assert b"\\u2212log softmax" in shown.stdout and shown.stdout.isascii()
+    image = next((root / "test" / "猫 ж ß").iterdir())
+    for words in (("look.py", "predict", results / "digits/student-s0", image),
+                  ("report.py", "--results-dir", results), ("report.py", "--help"),
+                  ("look.py", "predict", results / "digits/student-s0", root / "ж.png")):
+        shown = typed(HOUSE / words[0], *words[1:])
+        good = words[-1] != root / "ж.png"
+        assert shown.returncode == (0 if good else 2), shown.stderr.decode()
+        assert (shown.stdout if good else shown.stderr).isascii()
+        assert b"Traceback" not in shown.stderr
+
+
+def test_no_terminal_and_no_streams(easy, tmp_path):
+    """stdin, stdout and stderr closed, as under some servers."""
+    words = [str(word) for word in tiny.words(easy, tmp_path, epochs=1)]
+    code = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable,
+                           HOUSE / "train_student.py", *words]).returncode
+    assert code == 0 and (tmp_path / "digits/student-s0/final.json").exists()
+    code = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable,
+                           HOUSE / "report.py", "--results-dir", tmp_path / "nowhere"]).returncode
+    assert code == 2
+
+
+# ---- other versions ---------------------------------------------------------------------------
+
+def edit(path, **changed):
+    facts = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in facts.items() if v is not edit}))
+
+
+@pytest.mark.parametrize("file", ["config.json", "final.json"])
+def test_a_run_of_another_schema_is_not_reported(tmp_path, capsys, file):
+    folder = fake_runs.make_run(tmp_path, "student-s0")
+    edit(folder / file, schema=runs.SCHEMA + 1)
+    tiny.refused(capsys, report, ["--results-dir", tmp_path], folder / file,
+                 f"schema {runs.SCHEMA + 1}", f"now {runs.SCHEMA}")
+    assert not (tmp_path / "digits" / "report.md").exists()
+
+
+def test_a_run_from_before_there_were_some_flags_and_figures_is_reported(tmp_path):
+    """What later versions of schema 1 added: keys of config and final, and columns."""
+    fake_runs.make_six(tmp_path, only=("teacher", "student", "kd"))
+    folder = tmp_path / "digits" / "kd-s0"
+    for key in ("data_key", "labels", "views", "augment", "git_commit"):
+        edit(folder / "config.json", **{key: edit})
+    edit(folder / "final.json", ema_best_epoch=edit, peak_memory_bytes=edit)
+    path = folder / "metrics.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0] + ",later", *(line + ",1" for line in lines[1:])]) + "\n")
+    made = report.main(["--results-dir", str(tmp_path)])
+    assert [row["key"] for row in made["rows"]] == ["teacher", "student", "kd"]
+
+
+def test_metrics_without_a_column_are_refused_by_it(tmp_path, capsys):
+    folder = fake_runs.make_run(tmp_path, "student-s0")
+    path = folder / "metrics.csv"
+    path.write_text(path.read_text().replace("lr,", "rate,", 1))
+    tiny.refused(capsys, report, ["--results-dir", tmp_path], path, "lacks the column 'lr'")
+
+
+def test_an_older_best_pt_of_another_schema_is_refused_by_it(card, easy, tmp_path, capsys):
+    common.save_checkpoint(tmp_path / "best.pt", card | dict(schema=0))
+    for script, words in ((look, ["predict", tmp_path, easy / "test/red/0.png"]),
+                          (distill, tiny.words(easy, tmp_path / "r", "--teacher",
+                                               tmp_path / "best.pt"))):
+        tiny.refused(capsys, script, words, tmp_path, "schema 0, now 1")
