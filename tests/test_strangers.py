@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import fake_runs
@@ -82,8 +83,8 @@ LIES = {
     "weights on no device": (weights(HEAD, Odd.nowhere), f"{HEAD} is no plain tensor"),
     "sparse weights": (weights(HEAD, torch.zeros(4, 64).to_sparse()), "no plain tensor"),
     "complex weights": (weights(HEAD, torch.zeros(4, 64) * 1j), "no plain tensor"),
-    "NaN": (weights(HEAD, torch.full((4, 64), float("nan"))), f"{HEAD} holds weights that are not"),
-    "inf": (weights(HEAD, torch.full((4, 64), float("inf"))), f"{HEAD} holds weights that are not"),
+    "NaN": (weights(HEAD, torch.full((4, 64), float("nan"))), f"{HEAD} holds values that are not"),
+    "inf": (weights(HEAD, torch.full((4, 64), float("inf"))), f"{HEAD} holds values that are not"),
 }
 
 
@@ -118,6 +119,35 @@ def test_a_card_that_does_not_say_how_images_fit(card, easy, tmp_path, capsys, f
     common.save_checkpoint(tmp_path / "best.pt", card | dict(fit=fit))
     tiny.refused(capsys, look, ["predict", tmp_path, easy / "test/red/0.png"], tmp_path,
                  "brought to its size")
+
+
+class Code:
+    """Unpickling this would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_code_in_a_checkpoint_is_named_and_not_run(card, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for extra, name in ((Code(), "posix.system"), (Path("x"), "pathlib.PosixPath"),
+                        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear")):
+        torch.save(card | dict(extra=extra), tmp_path / "best.pt")
+        tiny.refused(capsys, look, ["predict", tmp_path, "x.png"], tmp_path / "best.pt", name)
+    torch.save(Code(), tmp_path / "best.pt", _use_new_zipfile_serialization=False)
+    tiny.refused(capsys, look, ["predict", tmp_path, "x.png"], tmp_path / "best.pt")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_packed_checkpoint_is_not_unpacked(card, tmp_path, capsys):
+    """A packed file of a few bytes may hold gigabytes."""
+    common.save_checkpoint(tmp_path / "best.pt", card)
+    with zipfile.ZipFile(tmp_path / "best.pt") as whole, zipfile.ZipFile(
+            tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    tiny.refused(capsys, look, ["predict", tmp_path / "packed.pt", "x.png"], "packed.pt",
+                 "data.pkl' in it is packed")
 
 
 # ---- names ------------------------------------------------------------------------------------
