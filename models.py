@@ -7,6 +7,7 @@
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
 import hashlib
+import warnings
 
 import torch
 from torch import nn
@@ -177,7 +178,9 @@ def load(path, average=False):
 
     average: the average of the weights instead of the weights. card: classes, mean, std, build …
     """
-    card = load_checkpoint(path)
+    with warnings.catch_warnings():     # of torch's, about odd files: what matters is said below
+        warnings.simplefilter("ignore")
+        card = load_checkpoint(path)
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
     if card.get("schema") != SCHEMA:

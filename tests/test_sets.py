@@ -206,6 +206,18 @@ def test_tiny_imagenet_in_its_own_layout(root, capsys):
     assert again.key == splits.key and isinstance(again.train.images, np.memmap)
 
 
+def test_bad_files_of_tiny_imagenet_are_left_out_where_that_is_asked_for(root, capsys):
+    folder = root / "tiny-imagenet-200"
+    tiny_imagenet(folder, classes=("n01", "n03"), train=4)
+    bad = folder / "train" / "n01" / "images" / "n01_2.JPEG"
+    bad.write_bytes(b"")
+    tiny.refused(capsys, data, words(root, "tinyimagenet"), bad, "empty", "1 of 108",
+                 "--skip-bad")
+    facts = data.main([*map(str, words(root, "tinyimagenet")), "--skip-bad", "--val-fraction", "0"])
+    assert facts["train"] == 7 and facts["test"] == 100
+    assert "1 of 108 image files left out" in capsys.readouterr().out
+
+
 def test_a_part_of_tiny_imagenet_is_accepted_and_said(root, capsys):
     levels = tiny_imagenet(root / "tiny-imagenet-200", classes=("n01", "n03"), train=500)
     splits = data.load("tinyimagenet", root)
