@@ -45,8 +45,8 @@ SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
-        sweep-labels sweep-views sweep-mlp setup test test-dev lint dev help clean report html publish \
-        readme bench soak claims notebook \
+        sweep-labels sweep-views sweep-mlp setup test test-dev lint dev coverage mutants help clean \
+        report html publish readme bench soak claims notebook \
         teacher student kd kd-only kd-ema mean-teacher mean-teacher-no-ema
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -164,13 +164,23 @@ lint: dev  ## ruff
 test-dev: dev  ## the tests that need tools for development: the notebook in a kernel, timm's EMA
 	$(PYTHON) -m pytest -q tests/test_notebook.py tests/test_common.py -k "notebook or timm"
 
+coverage: dev  ## which lines of the scripts the tests reach; 90 % at least
+	$(PYTHON) -m coverage erase
+	$(PYTHON) -m coverage run -m pytest -q
+	$(PYTHON) -m coverage combine -q
+	$(PYTHON) -m coverage report
+
+mutants: $(READY)  ## change the numbers one at a time: the tests must notice each
+	$(PYTHON) tests/mutants.py
+
+# Tools for development are installed on first use.
 dev: $(READY)
-	@$(PYTHON) -c "import ruff, timm, nbclient, nbformat, ipykernel" >/dev/null 2>&1 || \
+	@$(PYTHON) -c "import coverage, ruff, timm, nbclient, nbformat, ipykernel" >/dev/null 2>&1 || \
 	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	  -r requirements-dev.txt -c constraints.txt
 
 clean:  ## remove .venv, results, caches; keep what is published
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .coverage* __pycache__ tests/__pycache__
 	find results -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} + 2>/dev/null || true
 
 help:

@@ -161,7 +161,7 @@ def test_output_size_is_that_of_every_pool():
             seen += 1
             assert calc.output_size(size, kernel, stride, padding, dilation, ceil) == out
     assert seen > 1500
-    assert calc.output_size(256, 5, 2, 1) == 127
+    assert calc.output_size(256, 5, 2, 1) == 127 and calc.output_size(7, 3) == 5
     for wrong in ((0, 1), (4, 0), (4, 2, 0), (4, 2, 1, -1), (4, 2, 1, 0, 0)):
         with pytest.raises(ValueError):
             calc.output_size(*wrong)

@@ -123,6 +123,12 @@ def test_ema_leaves_the_model_alone_and_takes_no_gradient():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_ema_of_another_architecture_is_an_error():
+    average = common.make_average(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="zip"):
+        common.ema_update_(average, nn.Linear(2, 2), 0.5)
+
+
 def test_ema_of_a_bfloat16_model_moves():
     model = nn.Linear(2, 1, bias=False).bfloat16()
     nn.init.ones_(model.weight)
@@ -139,7 +145,7 @@ def test_ema_of_a_bfloat16_model_moves():
 def test_ema_warm_up():
     assert [common.ema_decay(0.9, t) for t in (0, 1, 8, 80, 81)] == pytest.approx(
         [1 / 10, 2 / 11, 9 / 18, 81 / 90, 0.9])
-    assert common.ema_decay(0.0, 50) == 0
+    assert common.ema_decay(0.0, 50) == common.ema_decay(0.9, -1) == 0
     assert common.ema_reached(0.99) == 890 and common.ema_reached(0.999) == 8990
     for decay in (0.0, 0.1, 0.5, 0.9, 0.97, 0.99, 0.996, 0.999):
         first = common.ema_reached(decay)
@@ -184,6 +190,45 @@ def test_evaluate_takes_any_iterable_and_a_model_without_parameters():
     for given in (batches, iter(batches), (item for item in batches)):
         found = common.evaluate(nn.Identity(), given)
         assert found["accuracy"] == 0.8 and found["loss"] == pytest.approx(expected)
+
+
+def test_evaluate_goes_to_the_device_of_the_model():
+    class There(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def forward(self, x):
+            return x
+
+    def item(tensor):
+        return SimpleNamespace(device=tensor.device, to=lambda place: asked.append(place) or tensor)
+
+    asked, x, y = [], torch.eye(4), torch.arange(4)
+    assert common.evaluate(There(), [(item(x), item(y))])["accuracy"] == 1
+    assert asked == [torch.device("meta")] * 2
+
+
+def test_evaluate_in_bfloat16_sums_in_float32_and_keeps_the_logits():
+    torch.manual_seed(0)
+    model, x, y, kept = nn.Linear(6, 5), torch.randn(40, 6), torch.arange(40) % 5, []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    loss = -sum(torch.log_softmax(logits[i].double(), 0)[y[i]].item() for i in range(40)) / 40
+    batches = [(x[:30], y[:30]), (x[30:], y[30:])]
+    found = common.evaluate(model, batches, "bf16", kept)
+    assert found["loss"] == pytest.approx(loss, rel=1e-6)
+    assert [len(part) for part in kept] == [30, 10]
+    assert torch.cat(kept).dtype == torch.float32 and torch.equal(torch.cat(kept), logits.float())
+
+
+def test_evaluate_adds_up_in_float64():
+    # One loss of 2**26, by hand, and 100 of ln 2: in float32 the small ones would vanish.
+    x = torch.cat([torch.tensor([[0, 2.0 ** 26]]), torch.zeros(100, 2)])
+    batches = [(row[None], torch.tensor([0])) for row in x]
+    expected = (2 ** 26 + 100 * np.float32(math.log(2)).item()) / 101
+    assert common.evaluate(nn.Identity(), batches)["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_evaluate_runs_in_eval_mode_and_gives_every_mode_back():
@@ -252,6 +297,19 @@ def test_optimizer_decays_weights_but_not_biases_and_norms(name):
              for p in group["params"]}
     assert found == {p: (0.5 if name.endswith("weight") and p.ndim > 1 else 0.0, 0.1)
                      for name, p in model.named_parameters()}
+
+
+def test_sgd_is_nesterovs_with_a_momentum_of_a_tenth_lost():
+    """v ← 0.9·v + g, w ← w − lr·(g + 0.9·v): Sutskever et al. 2013 (ICML 28), section 2, in the
+    form in which w is where the gradient was taken. With a constant g of 1, by hand."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    args = SimpleNamespace(optimizer="sgd", lr=0.1, weight_decay=0.0)
+    optimizer = common.make_optimizer(model, args)
+    for total in (1 + 0.9, 1.9 + 1 + 0.9 * 1.9, 4.61 + 1 + 0.9 * 2.71):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(-0.1 * total, rel=1e-6)
 
 
 def test_best_epoch_is_the_first_of_the_highest():

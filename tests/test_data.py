@@ -210,6 +210,24 @@ def test_each_kind_of_noise_meets_its_share():
         assert not hit or abs(np.mean(hit) - share) < 0.02
 
 
+def test_noise_against_the_same_draws_one_image_at_a_time():
+    """Who is below p gets it, who is at p does not; of a step's six images these are four."""
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    lots = torch.tensor([[0.2, 0.5, 0.7, 0.0], [0.4, 0.1, 0.0, 0.3]])
+    mine = torch.tensor([0, 2, 3, 5])
+    draws = [torch.Generator().manual_seed(5) for _ in range(2)]
+    found = data.disturb(x, (0.5, 0.4, 2.0, 0.3), lots, draws[0], 6, mine)
+    bell = torch.randn(6, 3, 8, 8, generator=draws[1])
+    erased = torch.rand(6, 1, 8, 8, generator=draws[1]) < 0.3
+    expected = x.clone()
+    for i, row in enumerate(mine):
+        if i in (0, 3):
+            expected[i] += 2 * bell[row]
+        if i in (1, 2, 3):
+            expected[i][:, erased[row, 0]] = 0
+    assert torch.equal(found, expected)
+
+
 # ---- who is in an epoch -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, size, steps", [(40, 8, 5), (43, 8, 5), (7, 8, 1), (16, 16, 1),
@@ -336,6 +354,20 @@ def test_labels_keeps_the_same_number_in_each_class(easy, count):
     assert np.bincount(kept[kept >= 0]).tolist() == [count // 4] * 4
     assert (kept == -1).sum() == 120 - count
     np.testing.assert_array_equal(kept[kept >= 0], whole[kept >= 0])
+
+
+@pytest.mark.parametrize("count, fits", [(0, False), (3, True), (4, False), (6, True), (9, False)])
+def test_no_more_labels_can_stay_than_the_smallest_class_has(count, fits, capsys):
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    if fits:
+        kept = data.keep_labels(labels, count, "abc", 0)
+        assert np.bincount(kept[kept >= 0]).tolist() == [count // 3] * 3
+        return
+    with pytest.raises(SystemExit):
+        data.keep_labels(labels, count, "abc", 0)
+    assert "from 3 to 6" in capsys.readouterr().err
+    with pytest.raises(SystemExit):         # a class without any image has none to keep
+        data.keep_labels(labels, 4, "abcd", 0)
 
 
 def test_the_seed_chooses_who_keeps_a_label(easy):

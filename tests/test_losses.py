@@ -8,6 +8,7 @@ import torch
 
 import distill
 from distill import class_cost, consistency_loss, kd_loss
+from train_student import hard_loss
 
 N, C = 7, 5         # unequal, so that dividing by the wrong one shows
 
@@ -144,12 +145,14 @@ def test_kd_is_finite_where_a_softmax_is_zero(temperature):
 
 def test_losses_are_summed_in_float32():
     half = [x.bfloat16() for x in (STUDENT, TEACHER)]
+    plain = SimpleNamespace(x=half[0][LABELS >= 0], y=LABELS[LABELS >= 0])
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found = (kd_loss(*half, LABELS, 4.0, 0.9), consistency_loss(*half),
-                     class_cost(half[0], LABELS, "ce"), class_cost(half[0], LABELS, "bce"))
+                     class_cost(half[0], LABELS, "ce"), class_cost(half[0], LABELS, "bce"),
+                     hard_loss(lambda x: x, plain)[0])
         expected = (kd_sum(*half, LABELS, 4.0, 0.9), mse_sum(*half), ce_sum(half[0], LABELS),
-                    bce_sum(half[0], LABELS))
+                    bce_sum(half[0], LABELS), ce_sum(half[0], LABELS))
         for value, reference in zip(found, expected, strict=True):
             assert value.dtype == torch.float32
             # bfloat16 has 3 digits: a sum inside it would miss this by a hundredfold.
@@ -277,7 +280,9 @@ def test_a_teacher_that_moves_nothing_is_refused(objective, capsys):
         step.other = step.x.detach()
         loss_fn = objective(args, lambda batch: teacher(batch.x))
         for i in range(count):
-            assert torch.isfinite(loss_fn(lambda x: x, step)[0])
+            loss, _ = loss_fn(lambda x: x, step)
+            loss.backward()         # what was looked at can still be learned from
+            assert torch.isfinite(loss)
             yield i
 
     assert len(list(steps(lambda x: -x, 40))) == 40
@@ -286,3 +291,32 @@ def test_a_teacher_that_moves_nothing_is_refused(objective, capsys):
     assert stop.value.code == 2 and "no gradient on the student" in capsys.readouterr().err
     calls = iter(range(100))                        # an average is the student itself at first
     assert len(list(steps(lambda x: -x if next(calls) > 3 else x, 40))) == 40
+
+
+@pytest.mark.parametrize("objective, changed", [
+    (distill.kd_objective, dict(alpha=0.0)), (distill.consistency_objective, dict(class_weight=1)),
+    (distill.consistency_objective, dict(warm_start=2))])
+def test_a_teacher_that_has_no_say_is_not_looked_at(objective, changed):
+    """No weight, or still in the warm start's last epoch."""
+    args = SimpleNamespace(**dict(temperature=3.0, alpha=0.8, class_weight=0.3, class_cost="ce",
+                                  ramp_up=0, warm_start=0) | changed)
+    loss_fn = objective(args, lambda batch: batch.x)
+    for _ in range(40):
+        assert torch.isfinite(loss_fn(lambda x: x, batch(epoch=2))[0])
+
+
+def test_a_teacher_counts_as_silent_up_to_1e_5_a_row_and_for_20_steps():
+    """The term's gradient on one logit of one of 4 rows is all there is."""
+    logits, edge = torch.zeros(4, C, requires_grad=True), np.float32(1e-5).item() / 4
+
+    def look(gradient, silent):
+        distill.taught(-gradient * logits[2, 1], logits, silent)
+        return silent
+
+    assert look(1.004 * edge, [1] * 7) == []        # it moves: never looked at again
+    assert len(look(edge, [1] * 7)) == 8
+    silent = [1]
+    for _ in range(19):
+        look(0.0, silent)
+    with pytest.raises(SystemExit):
+        look(0.0, silent)

@@ -111,6 +111,14 @@ def test_multiply_adds_against_torch(arch):
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
+def test_counting_multiply_adds_leaves_no_trace_and_runs_where_the_network_is():
+    model = nn.Sequential(nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(36, 1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert models.count_macs(model, (3, 8, 8)) == 36 * 27 + 36        # by hand: 6·6 places, 3·3·3
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert models.count_macs(model.to("meta"), (3, 8, 8)) == 36 * 28
+
+
 def test_multiply_adds_stay_within_what_a_cpu_trains():
     macs = {arch: models.count_macs(build(arch), (3, REPORTS[arch][1], REPORTS[arch][1]))
             for arch in REPORTS if "tinyimagenet" not in arch}      # that one is for a GPU
@@ -186,6 +194,7 @@ REFERENCES = {      # torch's own; with the same random numbers the weights must
 @pytest.mark.parametrize("init", models.INITS)
 def test_init_against_torch(init):
     model = build("cifar10-xavier-avg-student")
+    model.smallest = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Linear(1, 1))
     torch.manual_seed(1)
     models.initialise_(model, init, math.sqrt(2))
     torch.manual_seed(1)

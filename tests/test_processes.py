@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 import common
 import data
@@ -157,3 +159,19 @@ def tiny_labels(count):
 
 def test_alone_there_is_nothing_to_share():
     assert device.world() == 1 and device.rank() == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_sum_and_the_first_ones_buffers_go_round_where_there_are_several(processes, monkeypatch):
+    """torch.distributed as seen by the second of processes that all hold the same."""
+    calls = []
+    monkeypatch.setattr(device, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_world_size=lambda: processes, get_backend=lambda: "gloo",
+        all_reduce=lambda x: calls.append("sum") or x.mul_(processes),
+        broadcast=lambda buffer, source: calls.append(source) or buffer.fill_(7)))
+    assert device.summed(torch.tensor([1.0, 2.0])).tolist() == [processes, 2.0 * processes]
+    models = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(3)
+    device.share_buffers_(*models)
+    several = processes > 1
+    assert calls == ["sum"] * several + [0] * 6 * several       # mean, variance, batches counted
+    assert all((buffer == 7).all() == several for model in models for buffer in model.buffers())

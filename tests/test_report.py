@@ -58,15 +58,18 @@ def test_interval_against_the_printed_table_of_student():
     assert high == pytest.approx(3 + 4.302653 / 3**0.5, abs=1e-5)
     # t(0.975, 4) = 2.776445; deviation of 1..5 is sqrt(2.5)
     assert compare.interval([1, 2, 3, 4, 5])[1] == pytest.approx(3 - 2.776445 * 0.5**0.5, abs=1e-5)
+    # t(0.975, 1) = 12.706205; differences 1, 3: deviation sqrt(2), half width t
+    assert compare.interval([1.0, 3.0]) == pytest.approx((2, -10.706205, 14.706205), abs=1e-5)
     assert compare.interval([3.0]) == (3, None, None)
 
 
 @pytest.mark.parametrize("low, high, learned, said", [
     (0.1, 2, True, "helps"), (-2, -0.1, True, "hurts"), (-1, 1, True, "cannot tell"),
-    (0, 1, True, "cannot tell"), (None, None, True, "cannot tell"),
+    (0, 1, True, "cannot tell"), (-1, 0, True, "cannot tell"), (None, None, True, "cannot tell"),
     (0.1, 2, False, "no conclusion"), (None, None, False, "no conclusion")])
 def test_verdict(low, high, learned, said):
     assert compare.verdict(low, high, learned) == said
+    assert not learned or compare.verdict(low, high) == said
 
 
 def test_three_seeds_by_hand(tmp_path):
@@ -123,6 +126,27 @@ def test_pairs_share_a_seed(tmp_path):
     assert entry["seeds"] == [0, 1] and entry["mean"] == pytest.approx(1.5)
     assert rows_of(result)["kd"]["gap"] == pytest.approx(1.5 / (90 - 70.5))
     assert compared(result)["student alone - teacher"]["best"]["verdict"] == "no shared seed"
+
+
+def test_two_seeds_of_which_one_is_not_recorded(tmp_path):
+    make_six(tmp_path, 2, only=("teacher", "student"))
+    make_run(tmp_path, "kd-s0", 0, 73)
+    make_run(tmp_path, "kd-s1", 1, 75)
+    rows = rows_of(numbers(tmp_path))
+    assert rows["kd"]["test_accuracy"]["sd"] == pytest.approx(0.02 / 2**0.5)     # |73 − 75| / √2
+    rows["kd"]["last_test_accuracy"]["values"][1] = None
+    found = {entry["title"]: entry for entry in compare.compare(rows)}["kd - student alone"]
+    assert found["last"]["verdict"] == "not recorded" and found["last"]["mean"] is None
+    assert found["best"]["mean"] == pytest.approx(3.5)
+
+
+def test_no_gap_where_teacher_and_student_are_equal_on_the_shared_seeds(tmp_path):
+    for seed, (teacher, alone) in enumerate([(80, 80), (90, 70)]):
+        make_run(tmp_path, f"teacher-s{seed}", seed, teacher)
+        make_run(tmp_path, f"student-s{seed}", seed, alone)
+    make_run(tmp_path, "kd-s0", 0, 85)
+    rows = rows_of(numbers(tmp_path))
+    assert rows["kd"]["gap"] is None and rows["student"]["gap"] == 0
 
 
 def test_one_seed_cannot_tell(tmp_path):
@@ -432,6 +456,20 @@ def test_calibration_by_hand():
     np.testing.assert_array_equal(compare.confusion(np.array(rows), labels), [[4, 2], [0, 0]])
     sure = compare.calibration(np.array([[800.0, -800.0]]), np.array([0]))
     assert sure[0] == 0 and sure[1] == [(1.0, 1.0, 1)]
+
+
+def test_calibration_has_fifteen_bins_and_full_confidence_is_in_the_last():
+    """Edges at multiples of 1/15: 0.65 | 0.68 | … | 0.90 | 0.95 and 1."""
+    logits = np.array([[math.log(p / (1 - p)), 0.0] for p in (0.65, 0.68, 0.9, 0.95)]
+                      + [[800.0, -800.0]])
+    bins = compare.calibration(logits, np.zeros(5, int))[1]
+    assert [count for _, _, count in bins] == [1, 1, 1, 2]
+    assert [sure for sure, _, _ in bins] == pytest.approx([0.65, 0.68, 0.9, 0.975])
+
+
+def test_confusion_has_a_row_for_a_class_that_never_comes():
+    found = compare.confusion(np.eye(3)[[0, 1, 0]], np.array([0, 0, 0]))
+    np.testing.assert_array_equal(found, [[2, 1, 0], [0, 0, 0], [0, 0, 0]])
 
 
 def test_agreement_and_divergence_against_torch():
