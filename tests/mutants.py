@@ -169,22 +169,26 @@ def constants(value):
 
 def places(node):
     """Yield (node, parents from the outside in, its parent's field, place in that or None) of all
-    below a node, but for what only speaks: docstrings, annotations, messages of errors."""
+    below a node, but for what only speaks and what only a GPU reaches."""
     def below(parents):
         for field, value in ast.iter_fields(parents[-1]):
-            if field in ("annotation", "returns", "decorator_list"):
-                continue
             for i, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                called = getattr(child, "func", None)
-                spoken = getattr(called, "id", getattr(called, "attr", None)) in SILENT
-                words = isinstance(child, ast.Expr) and (
-                    isinstance(child.value, ast.Constant)
-                    or getattr(getattr(child.value, "func", None), "id", None) in SILENT)
-                if isinstance(child, ast.AST) and not spoken and not words and not isinstance(
-                        child, (ast.Raise, ast.JoinedStr)):
+                if isinstance(child, ast.AST) and not (
+                        field in ("annotation", "returns", "decorator_list") or speaks(child)
+                        or isinstance(child, ast.If) and "cuda" in ast.unparse(child.test)):
                     yield child, parents, field, i
                     yield from below([*parents, child])
     yield from below([node])
+
+
+def speaks(node):
+    """Whether a node is a docstring, or the message of an error."""
+    node = node.value if isinstance(node, ast.Expr) else node
+    called = getattr(node, "func", None)
+    return (isinstance(node, (ast.Raise, ast.JoinedStr))
+            or isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and node.value not in WORDS
+            or getattr(called, "id", getattr(called, "attr", None)) in SILENT)
 
 
 def source(module, name):

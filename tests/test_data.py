@@ -93,6 +93,12 @@ def test_x_is_normalised_and_channels_last(augment):
         np.testing.assert_array_equal(batch.y.numpy(), images.labels[batch.rows.numpy()])
 
 
+def test_x_is_float32_whatever_mean_and_std_are():
+    made = data.Batches(split(), np.array(MEAN), np.array(STD), 8)
+    assert next(made.epoch(1)).x.dtype == torch.float32
+    assert made.mine == slice(None)         # alone: every row, without a copy
+
+
 @pytest.mark.parametrize("height, width", [(16, 16), (24, 8)])
 def test_crop_is_a_shift_with_a_mirrored_edge(height, width):
     images = split(height=height, width=width)
@@ -142,6 +148,7 @@ def test_an_epoch_drawn_twice_is_the_same_and_others_differ(options):
     state = torch.get_rng_state()
     assert equal_epochs(first.epoch(2), again.epoch(2))     # after epoch 4, and fresh
     assert equal_epochs(later, again.epoch(4))
+    assert equal_epochs(batches(images).epoch(1), batches(images, seed=0).epoch(1))
     assert torch.equal(state, torch.get_rng_state())        # and nothing is taken from it
     orders = [torch.cat([b.rows for b in again.epoch(e)]).tolist() for e in range(1, 6)]
     other = batches(images, augment="flip-crop", seed=6, **options)
@@ -250,7 +257,8 @@ def test_rows_left_out_are_not_always_the_same():
 
 def test_a_batch_holds_the_stated_share_of_labelled_rows():
     made = batches(split(100, labelled=20), 16)
-    assert data.LABELLED_SHARE == 0.25
+    assert made.labelled.tolist() == list(range(20)) and data.LABELLED_SHARE == 0.25
+    assert made.unlabelled.tolist() == list(range(20, 100))
     for epoch in (1, 2):
         found = list(made.epoch(epoch))
         assert len(found) == made.steps() == 6          # 80 unlabelled, 12 a batch
@@ -260,6 +268,14 @@ def test_a_batch_holds_the_stated_share_of_labelled_rows():
         assert all(times[row] <= 1 for row in range(20, 100))
         assert {times[row] for row in range(20)} == {1, 2}      # 24 places for 20 rows
         assert all(len(set(b.rows.tolist())) == 16 for b in found)
+
+
+@pytest.mark.parametrize("labelled, size, taught", [
+    (20, 2, 1), (20, 3, 1), (20, 7, 2), (50, 8, 4), (99, 8, 7), (0, 8, 0)])
+def test_a_batch_has_a_quarter_or_the_labelled_share_but_one_of_each_at_least(labelled, size,
+                                                                              taught):
+    made = batches(split(100, labelled=labelled), size)
+    assert made.taught == taught and int((next(made.epoch(1)).y >= 0).sum()) == taught
 
 
 def test_labelled_only_sees_nothing_else():
