@@ -159,6 +159,8 @@ def launch(main):
         setattr(sys, name, stream)
     try:
         main()
+    except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
+        os._exit(141)
     except KeyboardInterrupt as error:
         stopped(error, "", "nothing was begun that is not whole; start it again")
 

@@ -3,6 +3,7 @@ encoding, runs of other versions."""
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -246,6 +247,17 @@ def test_no_terminal_and_no_streams(easy, tmp_path):
     code = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable,
                            HOUSE / "train_student.py", *words]).returncode
     assert code == 0 and (tmp_path / "digits/student-s0/final.json").exists()
+
+
+def test_a_reader_of_what_is_printed_may_go(tmp_path):
+    """`python common.py --recipes | head -0`, as a shell runs it."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, HOUSE / "common.py", "--recipes"], stdout=write,
+                          stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(
+                              signal.SIGPIPE, signal.SIG_DFL))
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == b""
 
 
 def test_a_read_only_checkout_of_another_user(named, tmp_path):
