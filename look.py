@@ -78,7 +78,8 @@ def read_config(file):
 def test_split(config, card, file, data_dir=None):
     """Return the test split that a run was scored on; refuse other images, by their key."""
     data_dir, size = data_dir or config["data_dir"], card["build"]["image_shape"][1]
-    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card["fit"])
+    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card["fit"],
+                       skip_bad=bool(config.get("skip_bad")))
     if splits.key != config["data_key"]:
         fail(f"{data_dir}: not the images of {file} (data key {short(splits.key)}, in its "
              f"config.json {short(config['data_key'])}); give the right ones with --data-dir")
@@ -373,10 +374,10 @@ def main(argv=None):
     page, one, facts, why = build(args)
     path = Path(args.out or one.file.parent / "look.html")
     try:
-        write_whole(path, page.encode())
+        write_whole(path, page.encode(errors="backslashreplace"))
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}); give another --out FILE")
-    say(f"page     {path}, {len(page) / 1e6:.1f} MB")
+    say(plain(f"page     {path}, {len(page) / 1e6:.1f} MB"))
     say(f"test     {100 * facts['test_accuracy']:.2f} %, {facts['mistakes']} mistakes")
     say(f"beside   {facts['beside']}, the same class on {100 * facts['agreement']:.2f} %"
         if facts["beside"] else f"beside   none: {why}")

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import decode
+import look
 import readers
 import train_student
 
@@ -207,6 +208,7 @@ def test_a_run_says_what_it_left_out_and_is_no_other(folder, tmp_path, capsys):
     tiny.run(train_student, folder, tmp_path, "--skip-bad", "--overwrite", epochs=1)
     said = tiny.said(capsys)
     assert "--skip-bad: 1 of 24 image files left out" in said and "11 train, 4 validation" in said
+    assert look.main([str(tmp_path / "digits/student-s0"), "--images", "4"])["test_accuracy"] >= 0
 
 
 # ---- folders ----------------------------------------------------------------------------------

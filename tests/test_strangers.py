@@ -187,6 +187,8 @@ def test_names_go_from_reading_to_report_and_prediction(named, capsys, recwarn):
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "new\\nline-0.png" in printed and printed.isascii() is False
 
+    page = Path(look.main([str(results / "digits" / "student-s0"), "--images", "4"])["page"])
+    assert "<b>|pipe" not in page.read_text(encoding="utf-8")
     made = data.main(["--dataset", "folder", "--data-dir", str(root), "--show", "16", "--out",
                       str(results / "grid $x$ ж.png")])
     assert Path(made["picture"]).stat().st_size > 1000
