@@ -206,7 +206,7 @@ class Batches:
                               for _ in range(rounds)])[:count]
 
         free = self.step_size - self.taught
-        steps = max(1, len(self.unlabelled) // free if free else len(self.labelled) // self.taught)
+        steps = len(self.unlabelled) // free if free else len(self.labelled) // self.taught
         parts = [shuffle(rows, steps * count).view(steps, -1) for rows, count in
                  ((self.unlabelled, free), (self.labelled, self.taught)) if count]
         return torch.cat(parts[::-1], 1)

@@ -8,6 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
+import common
 import data
 import readers
 
@@ -113,11 +114,27 @@ def test_crop_is_a_shift_with_a_mirrored_edge(height, width):
     assert max(shifts.values()) < 3 * 240 / ways
 
 
-def test_flip_crop_flips_half_of_the_images():
-    images = split()
-    flips = [which(images.images[row], stored(x[None])[0])[2] for epoch in range(1, 6)
-             for row, x in by_row(batches(images, augment="flip-crop").epoch(epoch)).items()]
+def test_flip_crop_flips_half_of_the_images_and_looks_where_the_view_says():
+    images, flips = split(), []
+    made = batches(images, augment="flip-crop")
+    for epoch in range(1, 6):
+        view = made.draw("view", epoch)
+        for row, x in by_row(made.epoch(epoch)).items():
+            found = which(images.images[row], stored(x[None])[0])
+            assert found == (*(int(part[row]) for part in view["shift"]), bool(view["flip"][row]))
+            flips.append(found[2])
     assert len(flips) == 200 and 70 < sum(flips) < 130
+
+
+def test_where_a_view_looks_is_drawn_from_its_own_generator():
+    """Down, right, then who is flipped, each for all images: a cached view stays what it was."""
+    made = batches(split(2000, height=24, width=8), seed=3)
+    g = common.generator(3, "other view", 5)
+    down, right = torch.randint(-3, 4, (2000,), generator=g), torch.randint(-1, 2, (2000,),
+                                                                          generator=g)
+    found = made.draw("other view", 5)
+    assert torch.equal(found["shift"][0], down) and torch.equal(found["shift"][1], right)
+    assert torch.equal(found["flip"], torch.rand(2000, generator=g) < 0.5)
 
 
 def test_another_view_of_the_same_images_comes_beside():
@@ -185,7 +202,9 @@ def test_noise_comes_on_top_of_the_same_views():
     images = split()
     clean = batches(images, augment="flip-crop", pair=True)
     noisy = batches(images, augment="flip-crop", pair=True, noise=(1, 0, 0.5, 0))
-    assert equal_epochs(noisy.epoch(2), noisy.epoch(2))
+    some = batches(images, noise=(0.5, 0.5, 0.5, 0.5))
+    for made in (noisy, some):
+        assert equal_epochs(made.epoch(2), made.epoch(2))
     added = []
     for a, b in zip(clean.epoch(2), noisy.epoch(2), strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.y, b.y)
@@ -262,7 +281,8 @@ def test_a_batch_holds_the_stated_share_of_labelled_rows():
     for epoch in (1, 2):
         found = list(made.epoch(epoch))
         assert len(found) == made.steps() == 6          # 80 unlabelled, 12 a batch
-        assert all(int((b.y >= 0).sum()) == 4 and len(b.y) == 16 for b in found)
+        # Labelled rows come first: several processes share them out by their place.
+        assert all((b.y[:4] >= 0).all() and (b.y[4:] < 0).all() and len(b.y) == 16 for b in found)
         assert all((b.rows[b.y >= 0] < 20).all() and (b.rows[b.y < 0] >= 20).all() for b in found)
         times = Counter(torch.cat([b.rows for b in found]).tolist())
         assert all(times[row] <= 1 for row in range(20, 100))
