@@ -38,7 +38,8 @@ def tests(file, *names):
 LOSSES, EMA, EPOCH = ("test_losses.py",), tests("common", "ema"), ("test_epoch.py",)
 BATCHES = tests("processes", "shares_of_a_batch") + tests(
     "data", "iterating", "x_is", "crop", "flip", "where_a_view", "another_view", "an_epoch",
-    "views_come", "a_view", "noise", "each_kind", "rows_left", "a_batch", "labelled_only", "few_unlabelled")
+    "views_come", "a_view", "noise", "each_kind", "rows_left", "a_batch", "labelled_only",
+    "few_unlabelled")
 LABELS = tests("data", "labels", "no_more_labels", "the_seed_chooses")
 START = tests("models", "init_against", "deviation", "batch_norm_starts", "the_same_seed")
 PAIRS = tests("report", "interval", "three_seeds", "pairs_share", "two_seeds", "one_seed",

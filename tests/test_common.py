@@ -262,6 +262,15 @@ def test_evaluate_without_labels_is_an_error():
         common.evaluate(net(), [])
 
 
+def test_evaluate_adds_to_those_of_other_processes_even_without_a_batch_of_its_own(monkeypatch):
+    def summed(sums):
+        assert sums.dtype == torch.float64      # or the sum over processes would fail
+        return sums + torch.tensor([6.0, 1.0, 4.0])
+
+    monkeypatch.setattr(common, "summed", summed)
+    assert common.evaluate(nn.Identity(), []) == dict(loss=1.5, accuracy=0.25, n=4)
+
+
 # ---- schedule, optimizer, best epoch, chance --------------------------------------------------
 
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 10, 33, 100, 840, 1001])
