@@ -138,6 +138,25 @@ def markdown_bench(found):
     return table + "\n\n" + "<br>\n".join(machines)
 
 
+def markdown_soak(found):
+    """published/soak.json as Markdown: what was killed when, and what is held after 50 epochs."""
+    phases = ("start-up", "cache", "training", "end")
+    rows, held = found["variants"].values(), found.get("memory", {}).values()
+    killed = pipes(("run", "kills", "in start-up", "cache", "training", "at the end",
+                    "of these while writing", "epochs redone", "as if never killed"),
+                   [[row["variant"], str(row["kills"]), *(str(row[phase]) for phase in phases),
+                     str(row["between_writes"]), str(row["epochs_redone"]),
+                     "yes" if row["identical"] else "NO"] for row in rows])
+    kept = pipes(("run", "MB after 5 epochs", "after 50", "open files", "threads"),
+                 [[row["variant"], *(f"{row[f'{when}_bytes'] / 1e6:.1f}" for when in (
+                     "early", "late")), *(f"{row[f'early_{what}']}, {row[f'late_{what}']}"
+                                          for what in ("files", "threads"))] for row in held])
+    made = sorted({f"{row['machine']['machine']}, {row['machine']['threads']} thread(s), torch "
+                   f"{row['machine']['torch']}, {row['machine']['date']}, commit "
+                   f"{str(row['machine']['commit'])[:12]}" for row in rows})
+    return f"{killed}\n\n{kept}\n\n" + "<br>\n".join(made)
+
+
 def markdown_claims(found):
     """published/claims.json as Markdown."""
     return pipes(("report", "claim", "printed", "measured here", "verdict"),

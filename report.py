@@ -149,8 +149,8 @@ def _notes(groups, rows, made, no_gap, silent):
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
-          "claims": render.markdown_claims}
-FILES = {"bench": "bench.json", "claims": "claims.json"}    # of published/; else <recipe>/report
+          "claims": render.markdown_claims, "soak": render.markdown_soak}
+FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "soak")}  # else <recipe>/report.json
 
 
 # ---------------------------------------------------------------- commands
