@@ -212,7 +212,7 @@ def killed_run(variant, place, whole, most, rng):
         started = time.time()
         child = begin(variant, place, output)
         while child.poll() is None and (moment is None or work(child.pid) < moment):
-            time.sleep(0.005)
+            time.sleep(0.01)
         aimed = moment is not None and rng.random() < AIMED
         while aimed and child.poll() is None and not any(folder.glob(".*.part")):
             time.sleep(0.0005)
@@ -300,7 +300,7 @@ def steady(variant, place):
         for name, epoch in (("early", EARLY), ("late", LATE)):
             if epochs >= epoch and name not in found:
                 found[name] = held(child.pid)
-        time.sleep(0.005)
+        time.sleep(0.01)
     end(child.pid)
     child.wait()
     if len(found) < 2:
