@@ -21,7 +21,7 @@ import signal
 from fractions import Fraction
 from pathlib import Path
 
-from flags import RECIPES, Parser, fail, number, settings, words
+from flags import RECIPES, Parser, a_path, fail, number, settings, words
 
 REPORTS = Path(__file__).parent / "tests" / "reports.json"   # what the reports select, ask, print
 SLIDE = "floor((n + 2·p − (d·(k − 1) + 1)) / s) + 1"
@@ -292,7 +292,7 @@ def arch(recipe: NAME, *, batch_size: INT = 128):
         key.replace("_", " "), a[key], b[key], ratio) for key, ratio in answer["ratio"].items())]
 
 
-def init(recipe: NAME, *, init: {} = None, out: dict(type=Path) = None):
+def init(recipe: NAME, *, init: {} = None, out: dict(type=a_path) = None):
     """Standard deviation of each output and gradient of a teacher's layers, on noise."""
     import torch
     from matplotlib.figure import Figure
@@ -318,7 +318,7 @@ def init(recipe: NAME, *, init: {} = None, out: dict(type=Path) = None):
         axes.semilogy(range(1, len(rows) + 1), rows, "o-", label=[*answer])
         axes.set(xlabel=f"layer of {arch}", title=f"standard deviation of its {key}")
         axes.legend()
-    out = out or Path("results", recipe, "init.png")
+    out = Path(out or f"results/{recipe}/init.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return {"inits": answer, "plot": str(out)}, [*lines, f"plot: {out}"]

@@ -23,7 +23,7 @@ import download
 import readers
 from common import generator, seed_for
 from device import rank, world
-from flags import SIDES, fail, launch, number, parse, plain
+from flags import SIDES, a_path, fail, launch, number, parse, plain
 
 
 class Split(NamedTuple):
@@ -318,7 +318,8 @@ def draw_grid(batch, raw, splits, path):
 
 def main(argv=None):
     own = {"show": dict(type=number(int, 1, 1024), metavar="N", help="write a picture of N images"),
-           "out": dict(metavar="FILE", help="where to; default: <data-dir>/<dataset>.png"),
+           "out": dict(type=a_path, metavar="FILE",
+                       help="where to; default: <data-dir>/<dataset>.png"),
            "download": dict(action="store_true", help="fetch the published files, no more")}
     args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)
     if args.download:

@@ -170,6 +170,22 @@ def guard(args):
              + " or --image-size" * (args.dataset == "folder"))
 
 
+def memory():
+    """Return the bytes of memory that this process may fill: the machine's, or its group's."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):      # no such limit, or none set
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most
+
+
+def refuse_beyond_memory(needed, what, way_out):
+    """Leave with one line before something is made that cannot fit; the system would end this
+    process without a word. needed: bytes."""
+    if needed > memory():
+        fail(f"{what} needs {needed / 1e9:.1f} GB of memory, this process may use "
+             f"{memory() / 1e9:.1f} GB; {way_out}")
+
+
 def peak_memory():
     """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""
     if torch.cuda.is_available():

@@ -311,15 +311,23 @@ def role_of(early):
     return early.objective + "-ema" * (early.teacher == "ema" and early.objective != "consistency")
 
 
+KD_READS = ("temperature", "alpha")
+CONSISTENCY_READS = ("class_weight", "class_cost", "ramp_up", "warm_start")
+
+
 def check(args, path):
     """Refuse what cannot be: one line that names the flags and the way out."""
     own, consistency = path is None, args.objective == "consistency"
     if args.objective == "kd-only" and args.alpha != 1:
         flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
                    "alpha is 1; use --objective kd")
-    if not consistency and args.warm_start:
-        flags.fail(f"--warm-start {args.warm_start} with --objective {args.objective}: only "
-                   "consistency has a warm start; leave it out")
+    standard = flags.settings(args.recipe, role_of(args))
+    for name in KD_READS if consistency else CONSISTENCY_READS:
+        value = vars(args)[name]
+        if value != standard[name]:
+            flags.fail(f"--{name.replace('_', '-')} {value} with --objective {args.objective}, "
+                       "which has no use for it; leave it out, or give --objective "
+                       f"{'kd' if consistency else 'consistency'}")
     if args.warm_start >= args.epochs:
         flags.fail(f"--warm-start {args.warm_start} of {args.epochs} epochs: the teacher would "
                    "never teach; give fewer, or more --epochs")

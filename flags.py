@@ -1,122 +1,23 @@
-"""Recipes and flags: every default, its unit and its reason. No torch, so that it loads at once.
-
-    python common.py --recipes                 the recipes as a table
-
-A recipe sets the defaults, a typed flag wins, and nothing is written back.
+"""The flags of all scripts: what each may be, one line where it is not, and how a script ends. No
+torch, so that it loads at once. Their defaults are in recipes.py.
 """
 import argparse
 import math
 import os
-import re
 import signal
 import sys
-import textwrap
-from itertools import zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
 
-# ---- recipes: what differs from DEFAULTS, and why --------------------------------------------
-
-DEFAULTS = dict(
-    report=None,          # the one of the five that a recipe comes from
-    dataset="digits", data_dir="data", image_size=32, fit="resize", skip_bad=False, labels=None,
-    val_fraction=0.1, normalise="train",
-    init="he", pool="max", activation="relu", norm="none",
-    epochs=20, batch_size=128,
-    lr=1e-3,              # per step of AdamW, the peak of one cycle
-    weight_decay=0.05,    # AdamW's, on weights of two or more dimensions
-    optimizer="adamw", schedule="onecycle",
-    clip=1.0,             # norm of the whole gradient: one bad batch cannot undo an epoch
-    augment="flip-crop", views=0, ema_decay=0.0, seed=0,
-    device="auto", precision="auto", compile=False, deterministic=False,
-    results_dir="results", run=None, resume=False, overwrite=False, dry_run=False,
-    objective="kd", teacher=None,
-    temperature=4.0,      # within the 2.5 to 4 that Hinton et al. 2015 (section 3) found best for
-                          # small students
-    alpha=0.9,            # most of the weight on the teacher: its targets already hold the labels
-    class_weight=0.5, class_cost="ce", ramp_up=5, warm_start=0, noise=None,
-    cache=None,
-    init_from=None, freeze="none", unfreeze_at=0,
+from recipes import (  # noqa: F401
+    DEFAULTS,
+    RECIPES,
+    SIDES,
+    recipes_table,
+    same_in_all,
+    settings,
 )
-# Pixels a side; images of a folder get --image-size.
-SIDES = {"digits": 32, "cifar10": 32, "svhn": 32, "svhn-extra": 32, "tinyimagenet": 64}
-# Top level: both networks. "teacher", "student": one of them. "kd", "consistency": the student
-# under that objective.
-RECIPES = {
-    "digits": dict(
-        augment="crop",                     # a mirrored digit is no digit
-        epochs=12,
-        teacher=dict(arch="digits-teacher", lr=5e-3),
-        student=dict(arch="digits-student", lr=6e-3),     # few steps, so large ones
-        consistency=dict(ema_decay=0.97)),                # 0.99 is not reached in 840 steps
-    # The five reports. Epochs are theirs; what they leave open is chosen here, with its reason.
-    # 000 names r without saying what it is; read as the labelled share it is --labels: here all.
-    # λ, decay and ramp-up are not given: even weights, and a decay that 10 epochs reach.
-    "tinyimagenet-meanteacher": dict(
-        report="000", dataset="tinyimagenet", init="xavier", pool="avg", epochs=10,
-        objective="consistency",
-        teacher=dict(arch="tinyimagenet-teacher"), student=dict(arch="tinyimagenet-student"),
-        consistency=dict(class_cost="bce", warm_start=1,
-                         noise=(0.5, 0.5, 0.3, 0.1),           # visible, and readable by eye
-                         ema_decay=0.99)),
-    "tinyimagenet-kd": dict(                   # 0.7·CE + 0.3·T²·KL, T = 3
-        report="001", dataset="tinyimagenet", init="xavier", pool="avg", epochs=8,
-        teacher=dict(arch="tinyimagenet-teacher"), student=dict(arch="tinyimagenet-student"),
-        kd=dict(temperature=3.0, alpha=0.3, ema_decay=0.99),        # an average that only looks on
-        consistency=dict(ema_decay=0.99)),
-    # Report 002. Its weights (1−α)·CE + 2α·T²·KL are ours with alpha = 2α/(1+α), up to a factor
-    # that Adam does not see: our 0.9 is its 0.82.
-    "cifar10-he-max": dict(
-        report="002", dataset="cifar10",
-        teacher=dict(arch="cifar10-he-max-teacher"),
-        # It prints Adam, 0.001: 75.32 % for the student alone, one seed; 76.70 % with these.
-        student=dict(arch="cifar10-he-max-student", lr=2e-3),
-        consistency=dict(ema_decay=0.99)),
-    "cifar10-xavier-avg": dict(                # of its three α the best printed
-        report="003", dataset="cifar10", init="xavier", pool="avg", epochs=15,
-        teacher=dict(arch="cifar10-xavier-avg-teacher"),
-        student=dict(arch="cifar10-xavier-avg-student"),
-        kd=dict(alpha=0.8),
-        consistency=dict(arch="cifar10-xavier-avg-teacher", ema_decay=0.99)),
-    "svhn-xavier-avg": dict(
-        report="004", dataset="svhn", init="xavier", pool="avg",
-        augment="crop",                        # house numbers: no mirror
-        normalise="half",
-        teacher=dict(arch="svhn-xavier-avg-teacher", epochs=10),
-        student=dict(arch="svhn-xavier-avg-student", epochs=14),
-        consistency=dict(ema_decay=0.99)),
-    # Few labels, many images: is mean teacher ahead of the labels alone? The network is the small
-    # one of five convs. λ is small, as the consistency cost is, a mean over the classes. Epochs of
-    # the labels alone are short: 590 of 3 steps are the steps of mean teacher's 20 of 88.
-    "digits-500-labels": dict(
-        augment="crop", labels=500, objective="consistency",
-        teacher=dict(arch="digits-teacher", lr=5e-3, epochs=590),
-        student=dict(arch="digits-teacher", lr=5e-3, epochs=590),
-        consistency=dict(ema_decay=0.97, class_weight=0.1, epochs=20)),
-    "cifar10-1000-labels": dict(
-        dataset="cifar10", labels=1000, objective="consistency",
-        teacher=dict(arch="cifar10-he-max-teacher", epochs=100),
-        student=dict(arch="digits-teacher", lr=2e-3, epochs=100),
-        consistency=dict(ema_decay=0.99, class_weight=0.05, epochs=12, ramp_up=3)),
-}
-
-
-def settings(recipe, role):
-    """Return every flag's value in a recipe; role: teacher, student, or an objective (with -ema:
-    taught by the student's own average)."""
-    values, chosen = dict(DEFAULTS), RECIPES[recipe]
-    values.update((k, v) for k, v in chosen.items() if not isinstance(v, dict))
-    role, own = role.removesuffix("-ema"), role.endswith("-ema")
-    parts = {"teacher": ["teacher"], "student": ["student"], "kd-only": ["student", "kd"]}
-    for part in parts.get(role, ["student", role]):
-        values.update(chosen.get(part, {}))
-    if role == "kd-only":
-        values["alpha"] = 1.0       # no label is read
-    if own:                         # kd from the student's own average needs one
-        values["ema_decay"] = chosen.get("consistency", {}).get("ema_decay", 0.99)
-    return values
-
 
 # ---- flags ------------------------------------------------------------------------------------
 
@@ -131,9 +32,9 @@ def plain(text):
 
 def fail(message, code=2):
     """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
-    if RANK:        # of torchrun's processes each may fail alone
-        message = f"process {RANK}: {message}"
-    tqdm.write(f"error: {plain(message)}", file=sys.stderr)
+    text = f"process {RANK}: {message}" if RANK else str(message)       # each may fail alone
+    text = text if len(text) < 3000 else f"{text[:2000]} … {text[-900:]}"
+    tqdm.write(f"error: {plain(text)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -174,6 +75,8 @@ def say(line):
 
 def words(argv):
     """Return the words of a command line; inside a notebook sys.argv is the kernel's, not ours."""
+    if hasattr(sys.stdout, "reconfigure"):      # a path that is no text must not stop a script
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv is None:
         argv = [] if "ipykernel" in Path(sys.argv[0]).name else sys.argv[1:]
     return [str(word) for word in argv]
@@ -182,10 +85,15 @@ def words(argv):
 class Parser(argparse.ArgumentParser):
     """argparse with one line on an error, no abbreviations, and the docstring as it stands."""
 
-    def __init__(self, **options):
-        options = dict(usage="%(prog)s [--flag value ...]") | options
-        super().__init__(allow_abbrev=False,
+    def __init__(self, usage="%(prog)s [--flag value ...]", **options):
+        super().__init__(allow_abbrev=False, usage=usage,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in args or ():
+            if word.startswith("-") and word.endswith("=--"):      # argparse makes a list of it
+                self.error(f"argument {word[:-3]}: no value after the =")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         fail(f"{message}; see {self.prog} --help")
@@ -195,7 +103,7 @@ def number(kind, low, high, low_open=False, high_open=False, also=None):
     """Return an argparse type: a finite int or float between the bounds, or a word in `also`."""
     left, right = "above" if low_open else "from", "below" if high_open else "to"
     allowed = f"{'a whole number' if kind is int else 'a number'} {left} {low:g}" + (
-        "" if high == math.inf else f" {right} {high}")
+        "" if high == math.inf else f" {right} {high}") + "".join(f", or {w}" for w in also or ())
 
     def convert(text):
         if also and text in also:
@@ -207,9 +115,21 @@ def number(kind, low, high, low_open=False, high_open=False, also=None):
                 return value
         except ValueError:
             pass
-        words = "".join(f", or {word}" for word in also or ())
-        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}{words}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
     return convert
+
+
+def a_path(text):
+    """argparse type: a path that can be, whether anything is there or not."""
+    wrong = "empty" if not text else "too long" * (len(text) > 2000)     # more is put behind it
+    try:
+        os.stat(os.path.join(text, "."))        # of a folder, whether it may be entered
+    except (OSError, ValueError) as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            wrong = wrong or getattr(error, "strerror", None) or error
+    if wrong:
+        raise argparse.ArgumentTypeError(f"{text[:99]!r} cannot be a path here ({wrong})")
+    return text
 
 
 def four_numbers(text):
@@ -229,7 +149,7 @@ on_off = dict(action=argparse.BooleanOptionalAction)
 FLAGS = {
     "data": {
         "dataset": dict(help="images to learn from"),
-        "data-dir": dict(metavar="DIR", help="where they lie, or will lie"),
+        "data-dir": dict(type=a_path, metavar="DIR", help="where they lie, or will lie"),
         "image-size": dict(type=number(int, 1, 4096), metavar="N", help="side in pixels (folder)"),
         "fit": dict(help="how an image gets that size (folder)"),
         "skip-bad": dict(**on_off, help="leave out, count and list image files that cannot be "
@@ -254,8 +174,8 @@ FLAGS = {
     "training": {
         "epochs": dict(type=number(int, 1, 100_000), metavar="N", help="passes over the images"),
         "batch-size": dict(type=number(int, 1, 10**6), metavar="N", help="images a step"),
-        "lr": dict(type=number(float, 0, math.inf, low_open=True), help="peak learning rate"),
-        "weight-decay": dict(type=number(float, 0, math.inf), metavar="W", help="of the weights"),
+        "lr": dict(type=number(float, 0, 1e30, low_open=True), help="peak learning rate"),
+        "weight-decay": dict(type=number(float, 0, 10**6), metavar="W", help="of the weights"),
         "optimizer": dict(choices=["adamw", "adam", "sgd"], help="sgd: momentum 0.9, Nesterov"),
         "schedule": dict(choices=["onecycle", "cosine", "constant"], help="of the learning rate"),
         "clip": dict(type=number(float, 0, math.inf), metavar="C",
@@ -267,13 +187,12 @@ FLAGS = {
     "distillation": {
         "objective": dict(choices=["kd", "kd-only", "consistency"],
                           help="kd: teacher and labels; kd-only: teacher; consistency: two views"),
-        "teacher": dict(metavar="ema|FILE",
+        "teacher": dict(type=a_path, metavar="ema|FILE",
                         help="the student's own average, or a best.pt; default: the recipe's "
                              "teacher of the same seed, for consistency ema"),
-        "temperature": dict(type=number(float, 0, math.inf, low_open=True), metavar="T",
+        "temperature": dict(type=number(float, 0, 10**6, low_open=True), metavar="T",
                             help="softens both sides of kd"),
-        "alpha": dict(type=number(float, 0, 1), help="weight of the teacher; the labels get the "
-                                                     "rest"),
+        "alpha": dict(type=number(float, 0, 1), help="the teacher's weight; labels get the rest"),
         "class-weight": dict(type=number(float, 0, 1), metavar="λ",
                              help="weight of the labels in consistency"),
         "class-cost": dict(choices=["bce", "ce"], help="cost on the labels in consistency"),
@@ -288,7 +207,7 @@ FLAGS = {
                            "RHO2 of the pixels erased; 0,0,0,0: off"),
     },
     "transfer": {
-        "init-from": dict(metavar="FILE", help="start from the weights of a best.pt that fit"),
+        "init-from": dict(type=a_path, metavar="FILE", help="start from the weights of a best.pt"),
         "freeze": dict(choices=["none", "features"], help="features: train the classifier only"),
         "unfreeze-at": dict(type=number(int, 0, 100_000), metavar="EPOCH",
                             help="train all from this epoch on; 0: never"),
@@ -299,7 +218,7 @@ FLAGS = {
                           help="auto: bf16 where the hardware multiplies it natively"),
         "compile": dict(**on_off, help="torch.compile"),
         "deterministic": dict(**on_off, help="only deterministic kernels on a GPU"),
-        "results-dir": dict(metavar="DIR", help="run folders are DIR/<recipe>/<run>"),
+        "results-dir": dict(type=a_path, metavar="DIR", help="run folders are DIR/<recipe>/<run>"),
         "run": dict(metavar="NAME", help="name of the run's folder; default: <what>-s<seed>"),
         "resume": dict(**on_off, help="go on from the last finished epoch, if there is one"),
         "overwrite": dict(**on_off, help="throw an earlier run of this name away"),
@@ -317,9 +236,8 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
     """
     argv = words(argv)
     first = Parser(add_help=False)
-    first.add_argument("--recipe", default="digits")
-    first.add_argument("--objective")
-    first.add_argument("--teacher")
+    for flag in ("recipe", "objective", "teacher"):
+        first.add_argument("--" + flag)
     early = first.parse_known_args(argv)[0]
     recipe = early.recipe if early.recipe in RECIPES else "digits"
     early.objective = early.objective or RECIPES[recipe].get("objective", "kd")
@@ -349,52 +267,3 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
         parser.error(f"argument --arch: unknown network {args.arch!r} "
                      f"(choose from {', '.join(choices['arch'])})")
     return args
-
-
-# Rows of the table of recipes: settings of the teacher, the student alone, kd and consistency.
-SHOWN = {
-    "report": "{s[report]}", "data": "{s[dataset]}", "labels": "{s[labels]}",
-    "normalise": "{s[normalise]}",
-    "augment": "{s[augment]}", "views": "{s[views]}", "teacher": "{t[arch]}",
-    "student": "{s[arch]}", "init, pool": "{s[init]}, {s[pool]}", "objective": "{s[objective]}",
-    "epochs: T, S": "{t[epochs]}, {s[epochs]}", "lr: T, S": "{t[lr]:g}, {s[lr]:g}",
-    "kd: T, α": "{k[temperature]:g}, {k[alpha]:g}", "kd: EMA": "{k[ema_decay]:g}",
-    "kd-ema: EMA": "{own[ema_decay]:g}",
-    "mean teacher": "{m[arch]}", "  epochs": "{m[epochs]}", "  EMA": "{m[ema_decay]:g}",
-    "  λ, cost": "{m[class_weight]:g}, {m[class_cost]}", "  ramp-up": "{m[ramp_up]}",
-    "  warm start": "{m[warm_start]}", "  noise": "{m[noise]}",
-}
-
-
-def recipes_table(width=80):
-    """Return the recipes as text: a column each, as many side by side as the width holds."""
-    columns = []
-    for recipe in RECIPES:
-        s, t, k, own, m = (settings(recipe, role) for role in
-                           ("student", "teacher", "kd", "kd-ema", "consistency"))
-        cells = [recipe, *(row.format(s=s, t=t, k=k, own=own, m=m) for row in SHOWN.values())]
-        cells = ["-" if cell in ("None", "0") else cell.strip("()") for cell in cells]
-        wide = max(len(piece) for cell in cells for piece in re.split("(?<=-)| ", cell))
-        columns.append([textwrap.wrap(cell, wide) for cell in cells])
-    titles = [[title] for title in ("", *SHOWN)]
-    blocks = [[titles]]
-    for column in columns:
-        if len("\n".join(_side_by_side([*blocks[-1], column])).splitlines()[0]) > width:
-            blocks.append([titles])
-        blocks[-1].append(column)
-    return "\n\n".join("\n".join(line.rstrip() for line in _side_by_side(block))
-                       for block in blocks)
-
-
-def same_in_all():
-    """Return what no recipe changes, as text."""
-    names = ("batch_size", "optimizer", "schedule", "weight_decay", "clip", "activation", "norm",
-             "val_fraction")
-    return textwrap.fill("The same in all: " + ", ".join(f"{n} {DEFAULTS[n]}" for n in names), 80)
-
-
-def _side_by_side(columns):
-    """Lines of a table; a cell is a list of lines."""
-    wide = [max(len(line) for cell in column for line in cell) for column in columns]
-    return [" ".join(line.ljust(size) for line, size in zip(lines, wide, strict=True))
-            for row in zip(*columns, strict=True) for lines in zip_longest(*row, fillvalue="")]

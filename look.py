@@ -23,7 +23,7 @@ import data
 import decode
 import models
 from compare import against, log_softmax
-from flags import FLAGS, Parser, fail, launch, number, plain, say, words
+from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words
 from render import frame, section, tile
 from runs import read_json, short, write_whole
 
@@ -340,8 +340,9 @@ def predict(run, images, average=False, top=3):
 def main_predict(argv):
     parser = Parser(prog="look.py predict", description=__doc__,
                     usage="%(prog)s [--average] RUN IMAGE [IMAGE ...]")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or a best.pt")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="any image that PIL reads")
+    parser.add_argument("run", type=a_path, metavar="RUN", help="a run's folder, or a best.pt")
+    parser.add_argument("images", type=a_path, metavar="IMAGE", nargs="+",
+                        help="any image that PIL reads")
     parser.add_argument("--average", action="store_true", help="use the average of the weights")
     args = parser.parse_args(argv)
     found = predict(args.run, args.images, args.average)
@@ -358,18 +359,20 @@ def main(argv=None):
     if argv[:1] == ["predict"]:
         return main_predict(argv[1:])
     parser = Parser(description=__doc__, usage="%(prog)s RUN [--flag value ...]")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or the best.pt in it")
+    parser.add_argument("run", type=a_path, metavar="RUN",
+                        help="a run's folder, or the best.pt in it")
     parser.add_argument("--average", action="store_true", help="use the average of the weights")
-    parser.add_argument("--beside", metavar="RUN", help="another run to set beside; default: the "
-                                                        "teacher that config.json names")
+    parser.add_argument("--beside", type=a_path, metavar="RUN",
+                        help="another run to set beside; default: the teacher that config.json "
+                             "names")
     parser.add_argument("--images", type=number(int, 1, 100), default=12, metavar="N",
                         help="images, and classes, of a section (12)")
     parser.add_argument("--seed", default=0, **FLAGS["training"]["seed"])
-    parser.add_argument("--data-dir", metavar="DIR", help="where the images lie; default: where "
-                                                          "they lay")
+    parser.add_argument("--data-dir", type=a_path, metavar="DIR",
+                        help="where the images lie; default: where they lay")
     parser.add_argument("--device", default="auto", **FLAGS["run"]["device"])
-    parser.add_argument("--out", metavar="FILE", help="where to; default: look.html in the run's "
-                                                      "folder")
+    parser.add_argument("--out", type=a_path, metavar="FILE",
+                        help="where to; default: look.html in the run's folder")
     args = parser.parse_args(argv)
     page, one, facts, why = build(args)
     path = Path(args.out or one.file.parent / "look.html")

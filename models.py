@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import cards
+import device
 from common import load_checkpoint
 from flags import fail
 from runs import SCHEMA
@@ -131,6 +132,10 @@ class ConvNet(nn.Module):
                      f"nothing is left after conv {number}; give a larger --image-size")
         self.features = nn.Sequential(*layers)
         inputs, layers = inputs * height * width, [nn.Flatten()]
+        first = (*hidden, num_classes)[0]
+        device.refuse_beyond_memory(        # weight, gradient and Adam's two moments, of 4 bytes
+            16 * inputs * first, f"a layer of {inputs:,} inputs and {first:,} outputs",
+            "give a smaller --image-size or another --arch")
         for outputs in hidden:
             layers += [nn.Linear(inputs, outputs), act()]
             inputs = outputs

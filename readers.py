@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import download
 from decode import decoding, read_image
-from device import cpus
+from device import cpus, refuse_beyond_memory
 from flags import fail, plain, say
 
 
@@ -119,6 +119,8 @@ def read_folder(listing, size, fit, skip_bad=False):
     """Return {"train": (images, labels), "test": ...}, the classes, and a line for each file left
     out as it cannot be decoded; without skip_bad one such file ends with a line."""
     classes, arrays, skipped = list(listing["train"]), {}, []
+    refuse_beyond_memory(2 * count(listing) * size * size * 3,      # once more while shuffled
+                         f"{count(listing)} images of {size}×{size}", "give a smaller --image-size")
     for split, folders in listing.items():
         files = [path for name in classes for path in folders[name]]
         labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])

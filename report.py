@@ -27,7 +27,7 @@ from compare import (
     make_rows,
     read_runs,
 )
-from flags import RECIPES, Parser, fail, launch, plain, settings, words
+from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words
 from plots import MOST_BYTES, draw_comparison, draw_details
 from runs import SUMS, write_whole
 
@@ -194,7 +194,10 @@ def publish(flags):
 def readme(flags):
     """`report.py readme`: fill what stands between <!-- table:RECIPE --> and <!-- /table -->."""
     path = Path(flags.readme)
-    old = path.read_text(encoding="utf-8")
+    try:
+        old = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        fail(f"{path}: not a text in UTF-8; give --readme FILE")
     pieces, end, opened = [], 0, None  # end: of what is in the pieces already
     for mark in MARKER.finditer(old):
         kind, recipe, closed = mark.groups()
@@ -267,10 +270,11 @@ def parse(command, argv):
         args = parser.parse_args(own)
         args.script = script
         return args
-    parser.add_argument("--results-dir", default="results", metavar="DIR",
+    parser.add_argument("--results-dir", type=a_path, default="results", metavar="DIR",
                         help="run folders are DIR/<recipe>/<run> (%(default)s)")
     if command == "readme":
-        parser.add_argument("--readme", default="README.md", metavar="FILE", help="(%(default)s)")
+        parser.add_argument("--readme", type=a_path, default="README.md", metavar="FILE",
+                            help="(%(default)s)")
         parser.add_argument("--check", action="store_true", help="exit 1 if stale; write nothing")
     elif command != "html":
         parser.add_argument("--recipe", choices=RECIPES, default="digits", metavar="NAME",

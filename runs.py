@@ -118,15 +118,22 @@ def make_config(args, script, versions, **known):
             "git_commit": commit or None}
 
 
+def plain_name(flag, name):
+    """Return a typed name, which must be one of a folder, anywhere; else leave with one line."""
+    if (not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable()
+            or len(name.encode()) > 200):       # 255 on most file systems, .part and all
+        fail(f"{flag} {name!r}: a plain folder name is needed, without slashes or a dot in front, "
+             "of at most 200 bytes")
+    return name
+
+
 def open_run(args, config, name):
     """Return (folder, final): final is the dict of a finished run that is the one asked for.
 
     Nothing is made yet. A finished run that differs, an unfinished one without --resume or
     --overwrite, or a resumed one with other settings ends with one line naming what differs.
     """
-    name = name if args.run is None else args.run
-    if not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable():
-        fail(f"--run {name!r}: a plain folder name is needed, without slashes or a dot in front")
+    name = plain_name("--run", name if args.run is None else args.run)
     folder = Path(args.results_dir) / args.recipe / name
     if args.overwrite or not folder.exists():
         return folder, None

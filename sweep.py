@@ -78,7 +78,8 @@ def sweep(args, script, words):
     """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
     early = first_look(words)
     names = [name for name, _ in args.over]
-    name = args.name or "-".join([script.removesuffix(".py"), *names])
+    name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
+    name = runs.plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
     main = importlib.import_module(script.removesuffix(".py")).main
     grid = list(itertools.product(*(values for _, values in args.over)))
@@ -100,6 +101,8 @@ def sweep(args, script, words):
             done += 1
             say(f"== {done}/{len(grid) * len(args.seeds)}: {run}")
             found.setdefault(values, {})[seed] = main([str(word) for word in line])
+    if any("learned" not in final for finals in found.values() for final in finals.values()):
+        return {"rows": [], "best": None, "folder": str(folder)}        # a dry run
     rows = [summary(names, values, finals) for values, finals in found.items()]
     known = [row for row in rows if row["val_accuracy"] is not None]
     best = max(known, key=lambda row: row["val_accuracy"][0], default=None)

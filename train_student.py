@@ -156,6 +156,9 @@ def train(args, role, started):
     job = prepare(args, f"train_{role}.py", f"{role}-s{args.seed}", started, **known)
     if job.final:
         return job.final
+    if args.freeze != "none" and not len(job.model.features):
+        flags.fail(f"--freeze {args.freeze} with --arch {args.arch}: it has no convolutions, which "
+                   "are the features; leave it out, or give another --arch")
     announce(job, f"{role} alone", LOSS.replace("student", role))
     if args.init_from:
         left = models.take_weights_(job.model, weights)
@@ -165,6 +168,8 @@ def train(args, role, started):
                        "--arch")
         detail("from", f"{args.init_from}; "
                + (f"not taken, for they do not fit: {', '.join(left)}" if left else "all fits"))
+    elif args.freeze != "none":
+        flags.say("warning: --freeze features without --init-from: they stay as they were drawn")
     average = common.make_average(job.model) if job.args.ema_decay else None
     return run(job, hard_loss, average)
 
