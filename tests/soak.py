@@ -329,7 +329,7 @@ def show(rows, columns):
     """Print a table of some keys of the rows."""
     lines = [["yes" if row[key] is True else "no" if row[key] is False else str(row[key])
               for key in columns] for row in rows]
-    print(*render.pipes([key.replace("_", " ") for key in columns], lines), sep="\n")
+    print(render.pipes([key.replace("_", " ") for key in columns], lines))
     for row in rows:
         for line in row["wrong"]:
             print(f"{row['variant']}: {line}")
