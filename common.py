@@ -19,20 +19,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import device
 import runs
-from device import (  # noqa: F401
-    autocast,
-    peak_memory,
-    pick_device,
-    pick_precision,
-    rank,
-    set_up,
-    share_buffers_,
-    silent,
-    summed,
-    tell_time,
-    world,
-)
+from device import autocast, pick_device, rank, silent, summed, tell_time, world  # noqa: F401
 from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say
 
 # ---- seeds ------------------------------------------------------------------------------------
@@ -194,7 +183,7 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
         optimizer.step()
 
         # EMA
-        share_buffers_(model)
+        device.share_buffers_(model)
         if average is not None:
             ema_update_(average, model, ema_decay(args.ema_decay, update - warm))
 
@@ -247,6 +236,8 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     limit = chance((val if len(val) else test).labels)
     networks = {"model": model} | ({} if average is None else {"ema": average})
     history, best = restore(folder, networks, optimizer) if args.resume else ([], {})
+    if history and rank() == 0:
+        save_best(folder, card, history, best)
     steps, first = train.steps(), len(history) + 1
     bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, desc=folder.name,
                unit=" steps", dynamic_ncols=True, leave=False, disable=silent())
@@ -312,24 +303,32 @@ def load_checkpoint(path):
         fail(f"{path}: holds more than tensors and plain values, and was not read: {error}")
 
 
+def save_best(folder, card, history, best):
+    """Write best.pt, where an epoch was the best so far, or the run is resumed: then the file may
+    be of an epoch that was not finished."""
+    epochs = {name: runs.best_epoch(history, name) for name in best}
+    save_checkpoint(folder / "best.pt", card | dict(
+        model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
+        ema_epoch=epochs.get("ema")))
+
+
 def save_epoch(folder, card, history, best, networks, optimizer):
     """Write best.pt, metrics.csv, checkpoint.pt in this order: the last is the commit point."""
-    epochs = {name: runs.best_epoch(history, name) for name in networks}
-    if len(history) in epochs.values():
-        save_checkpoint(folder / "best.pt", card | dict(
-            model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
-            ema_epoch=epochs.get("ema")))
+    if any(runs.best_epoch(history, name) == len(history) for name in networks):
+        save_best(folder, card, history, best)
     runs.write_history(folder / "metrics.csv", history)
     states = {name: network.state_dict() for name, network in networks.items()}
     save_checkpoint(folder / "checkpoint.pt", dict(
-        schema=runs.SCHEMA, history=history, networks=states, optimizer=optimizer.state_dict()))
+        schema=runs.SCHEMA, history=history, networks=states, best=best,
+        optimizer=optimizer.state_dict()))
 
 
 def restore(folder, networks, optimizer):
     """Load the last finished epoch, if there is one; return its history and the best weights."""
     if not (folder / "checkpoint.pt").exists():
         return [], {}
-    state, best = load_checkpoint(folder / "checkpoint.pt"), load_checkpoint(folder / "best.pt")
+    state = load_checkpoint(folder / "checkpoint.pt")
+    best = state.get("best") or load_checkpoint(folder / "best.pt")     # an older run's has none
     for name, network in networks.items():
         network.load_state_dict(state["networks"][name])
     optimizer.load_state_dict(state["optimizer"])
@@ -355,7 +354,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         # Averaged statistics are not those of the averaged weights: measure them on one epoch.
         with autocast(train.device, args.precision):
             torch.optim.swa_utils.update_bn(train.epoch(args.epochs), average)
-        share_buffers_(average)
+        device.share_buffers_(average)
         tested["recomputed"] = evaluate(average, test, args.precision)
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
@@ -373,8 +372,9 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         recomputed_val_accuracy=known.get("recomputed"),
         recomputed_test_accuracy=tested["recomputed"].get("accuracy"),
         learned=(right if known["model"] is None else known["model"]) > limit, seconds=seconds,
-        images_per_second=float(np.median(speeds[1:] or speeds)), peak_memory_bytes=peak_memory(),
-        device=args.device, precision=args.precision, torch=torch.__version__)
+        images_per_second=float(np.median(speeds[1:] or speeds)),
+        peak_memory_bytes=device.peak_memory(), device=args.device, precision=args.precision,
+        torch=torch.__version__)
     shown = f"{folder.name}: test {100 * right:.2f} % (epoch {first['model']}/{args.epochs})"
     for name, title in (("ema", "average"), ("recomputed", "its statistics recomputed")):
         if tested[name]:

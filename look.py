@@ -23,6 +23,7 @@ import data
 import decode
 import models
 from compare import against, log_softmax
+from device import pick_precision
 from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words
 from render import frame, section, tile
 from runs import read_json, short, write_whole
@@ -271,7 +272,7 @@ def build(args):
     test = test_split(config, one.card, one.file, args.data_dir)
     other, why = companion(one, config, args.beside, args.average)
     # As the run was scored; bf16 only where it is native.
-    auto = common.pick_precision("auto", device)
+    auto = pick_precision("auto", device)
     precision = "fp32" if config.get("precision") == "fp32" else auto
     logits = outputs(one, test, precision)
     rng, n = np.random.default_rng(args.seed), len(test.labels)

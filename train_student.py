@@ -21,7 +21,7 @@ import flags
 import models
 import plots
 import runs
-from device import guard, rank, wait, world
+from device import guard, rank, set_up, wait, world
 
 CHOICES = models.CHOICES | data.CHOICES
 LOSS = "mean over the batch of −log softmax(student)[label]"
@@ -47,7 +47,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     Returns a namespace: args (device and precision resolved), device, splits, model, folder,
     final (of a finished run, else None), config, and what fit() wants of them.
     """
-    args, device = common.set_up(args)
+    args, device = set_up(args)
     splits = data.load(args.dataset, args.data_dir, args.labels, args.val_fraction, args.seed,
                        args.image_size, args.fit, args.normalise, args.skip_bad)
     shape = (3, *splits.train.images.shape[1:3])

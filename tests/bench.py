@@ -35,6 +35,7 @@ import models  # noqa: E402
 import runs  # noqa: E402
 import train_student  # noqa: E402
 import train_teacher  # noqa: E402
+from device import pick_precision  # noqa: E402
 from flags import fail, settings  # noqa: E402
 
 OUT = ROOT / "results" / "published" / "bench.json"
@@ -74,7 +75,7 @@ def device():
 
 
 def precision():
-    return common.pick_precision("auto", device())
+    return pick_precision("auto", device())
 
 
 def network(recipe, role="student", layout=torch.channels_last):

@@ -382,9 +382,9 @@ def test_pick_device(capsys):
 
 def test_pick_precision():
     cpu = torch.device("cpu")
-    assert common.pick_precision("bf16", cpu) == "bf16"
-    assert common.pick_precision("fp32", cpu) == "fp32"
-    assert common.pick_precision("auto", cpu) in ("bf16", "fp32")
+    assert device.pick_precision("bf16", cpu) == "bf16"
+    assert device.pick_precision("fp32", cpu) == "fp32"
+    assert device.pick_precision("auto", cpu) in ("bf16", "fp32")
 
 
 # ---- checkpoint files -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 same bit for bit; and what a run folder lets happen to it.
 """
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,30 @@ def test_a_run_stopped_while_it_writes_and_resumed_is_the_same(easy, tmp_path, m
     tiny.run(train_student, easy, tmp_path / "cut", *flags, "--resume", epochs=3)
     a, b = (tiny.outcome(tmp_path / x / STUDENT) for x in ("cut", "whole"))
     assert tiny.same(a, b)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"x"),
+                                  lambda path: shutil.copy(path.with_name("first.pt"), path)])
+def test_the_best_weights_are_those_of_finished_epochs(easy, tmp_path, monkeypatch, harm):
+    """A killed run may leave a best.pt of an epoch that was not finished; on a GPU its second
+    try need not be the best again. The checkpoint knows."""
+    flags = ("--ema-decay", 0.9, "--lr", 0.003)
+    final = tiny.run(train_student, easy, tmp_path / "whole", *flags, epochs=8)
+    assert final["best_epoch"] < 8      # else the last epoch would hide the harm
+
+    def stop(folder, card, history, best, *rest, save=common.save_epoch):
+        save(folder, card, history, best, *rest)
+        if len(history) == 1:
+            shutil.copy(folder / "best.pt", folder / "first.pt")
+        if len(history) == 7:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(common, "save_epoch", stop)
+        tiny.run(train_student, easy, tmp_path / "cut", *flags, epochs=8)
+    harm(tmp_path / "cut" / STUDENT / "best.pt")
+    tiny.run(train_student, easy, tmp_path / "cut", *flags, "--resume", epochs=8)
+    assert tiny.same(*(tiny.outcome(tmp_path / x / STUDENT) for x in ("cut", "whole")))
 
 
 def test_a_run_that_was_killed_and_resumed_is_the_same(easy, tmp_path):
