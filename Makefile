@@ -173,8 +173,8 @@ coverage: dev  ## which lines of the scripts the tests reach; 90 % at least
 mutants: $(READY)  ## change the numbers one at a time: the tests must notice each
 	$(PYTHON) tests/mutants.py
 
-# Tools for development are installed on first use.
-dev: $(READY)
+# On first use of the targets above.
+dev: $(READY)  ## only install the tools for development
 	@$(PYTHON) -c "import coverage, ruff, timm, nbclient, nbformat, ipykernel" >/dev/null 2>&1 || \
 	  $(PYTHON) -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	  -r requirements-dev.txt -c constraints.txt

@@ -191,11 +191,11 @@ def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, 
 # ---- memory that gives out --------------------------------------------------------------------
 
 def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
-    """A limit on data, which a mapped data set does not count in, and 2 GB for one layer."""
-    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 512,
+    """A limit on data, which a mapped data set does not count in, and 0.5 GB for one layer."""
+    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 128,
                        "--batch-size", 60, epochs=1)
     limit = "resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9,) * 2)"
-    one_line(child(words, limit), "out of memory", "batches of 60 images of 3×512×512",
+    one_line(child(words, limit), "out of memory", "batches of 60 images of 3×128×128",
              "lower --batch-size")
 
 
