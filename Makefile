@@ -161,7 +161,7 @@ test: $(READY)  ## set up and run the tests
 lint: dev  ## ruff
 	$(PYTHON) -m ruff check .
 
-test-dev: dev  ## the tests that need tools for development: the notebook in a kernel, timm's EMA
+test-dev: dev  ## the tests that need tools for development
 	$(PYTHON) -m pytest -q tests/test_notebook.py tests/test_common.py -k "notebook or timm"
 
 coverage: dev  ## which lines of the scripts the tests reach; 90 % at least
