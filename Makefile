@@ -170,7 +170,7 @@ coverage: dev  ## which lines of the scripts the tests reach; 90 % at least
 	$(PYTHON) -m coverage combine -q
 	$(PYTHON) -m coverage report
 
-mutants: $(READY)  ## change the numbers one at a time: the tests must notice each
+mutants: $(READY)  ## change one number at a time: a test must notice
 	$(PYTHON) tests/mutants.py
 
 # On first use of the targets above.
