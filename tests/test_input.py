@@ -341,3 +341,37 @@ def test_what_is_put_into_the_images_is_announced(easy, tmp_path, capsys):
 def test_a_warm_start_that_never_ends(easy, tmp_path, capsys):
     tiny.refused(capsys, distill, tiny.words(easy, tmp_path, "--objective", "consistency",
                                              "--warm-start", 2), "--warm-start 2 of 2 epochs")
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (("--warm-start", 1), ("--warm-start 1", "--objective kd", "leave it out")),
+    (("--objective", "consistency", "--ema-decay", 0, "--augment", "none"),
+     ("--ema-decay 0", "--augment none", "--noise"))], ids=name)
+def test_flags_of_distill_that_cannot_go_together(easy, results, capsys, flags, parts):
+    tiny.refused(capsys, distill, tiny.words(easy, results, *flags), *parts)
+    assert [path.name for path in (results / "digits").iterdir()] == ["teacher-s0"]
+
+
+def test_a_student_that_reads_no_label_is_warned_of(easy, results, capsys):
+    tiny.run(distill, easy, results, "--objective", "consistency", "--class-weight", 0,
+             "--dry-run")
+    assert "warning: --class-weight 0: no label is read" in tiny.said(capsys)
+
+
+def test_a_teacher_is_not_measured_where_no_image_was_held_out(easy, results, capsys):
+    tiny.run(distill, easy, results, "--val-fraction", 0, "--dry-run")
+    assert "no validation images to measure it on" in tiny.said(capsys)
+
+
+def test_a_picture_that_cannot_be_written(easy, tmp_path, capsys):
+    path = tmp_path / "absent" / "a.png"
+    tiny.refused(capsys, data, ["--dataset", "folder", "--data-dir", easy, "--image-size", 16,
+                                "--show", 4, "--out", path], path, "--out FILE")
+
+
+def test_a_finished_run_without_its_config(easy, tmp_path, capsys):
+    folder = tmp_path / "digits" / "student-s0"
+    folder.mkdir(parents=True)
+    (folder / "final.json").write_text("{}")
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder,
+                 "final.json without config.json", "--overwrite")

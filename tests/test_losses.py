@@ -216,6 +216,11 @@ def test_class_cost_of_unlabelled_rows(kind):
     assert loss.item() == 0 and (student.grad == 0).all()
 
 
+def test_class_cost_of_an_unknown_kind():
+    with pytest.raises(ValueError, match="kind 'mse'; ce or bce"):
+        class_cost(STUDENT, LABELS, "mse")
+
+
 def test_class_cost_is_finite_at_large_logits():
     for kind in ("ce", "bce"):
         big = (1000 * STUDENT.sign()).requires_grad_()
