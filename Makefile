@@ -98,8 +98,8 @@ report: $(READY)  ## table and picture of what is finished
 html: $(READY)  ## results/report.html: all of it in one file
 	$(PYTHON) report.py html --results-dir "$(RESULTS)"
 
-publish: $(READY)  ## copy a recipe's small files to results/published
-	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)"
+publish: $(READY)  ## small files of a RECIPE, or of a SWEEP, to published
+	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)" $(call typed,SWEEP,sweep)
 
 stats: $(READY)  ## the chain for every seed of SEEDS
 	@for seed in $(SEEDS); do \
@@ -146,7 +146,7 @@ bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
 claims: $(READY)  ## the reports' claims against what is published
 	$(PYTHON) tests/claims.py
 
-soak: $(READY)  ## runs killed at random and resumed: do they end as if never killed?
+soak: $(READY)  ## runs killed at random and resumed: is the end the same?
 	$(PYTHON) tests/soak.py
 
 readme: $(READY)  ## fill the README's tables from results/published

@@ -29,12 +29,12 @@ from compare import (
 )
 from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words
 from plots import MOST_BYTES, draw_comparison, draw_details
-from runs import SUMS, write_whole
+from runs import SUMS, plain_name, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
     "batch": "batch_size", "learning rate": "lr", "seeds": "seed", "torch": "torch",
-    "commit": "git_commit",
+    "commit": "git_commit", "date": "date",
 }
 MATTERS = {  # the same; runs that differ in one of these are compared with a warning
     "device": "device", "precision": "precision", "epochs": "epochs", "data": "data_key",
@@ -149,7 +149,7 @@ def _notes(groups, rows, made, no_gap, silent):
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
-          "claims": render.markdown_claims, "soak": render.markdown_soak}
+          "claims": render.markdown_claims, "soak": render.markdown_soak, "sweep": None}
 FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "soak")}  # else <recipe>/report.json
 
 
@@ -173,7 +173,16 @@ def write(flags):
 
 
 def publish(flags):
-    """`report.py publish`: the report anew, then every small file into published/<recipe>/."""
+    """`report.py publish`: the report anew, then every small file into published/<recipe>/; of a
+    sweep its table, plot and CSV into published/sweeps/<name>/."""
+    if flags.sweep:
+        place = Path("sweeps", plain_name("--sweep", flags.sweep))
+        target = Path(flags.results_dir) / "published" / place
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("sweep.md", "sweep.csv", "sweep.png"):
+            shutil.copyfile(Path(flags.results_dir) / place / file, target / file)
+        print(f"published in {target}")
+        return {"sweep": flags.sweep}
     report = write(flags)
     source = Path(flags.results_dir) / flags.recipe
     target = Path(flags.results_dir) / "published" / flags.recipe
@@ -220,13 +229,16 @@ def readme(flags):
 def _block(flags, kind, recipe):
     place = Path(flags.results_dir) / "published"
     source = place / FILES.get(kind, f"{recipe}/report.json")
+    source = place / "sweeps" / recipe / "sweep.md" if kind == "sweep" else source
+    what = "SWEEP" if kind == "sweep" else "RECIPE"
     if kind not in BLOCKS:
         fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
     try:
-        return BLOCKS[kind](json.loads(source.read_text(encoding="utf-8")))
+        text = source.read_text(encoding="utf-8")
+        return text.strip() if kind == "sweep" else BLOCKS[kind](json.loads(text))
     except (OSError, ValueError, LookupError, TypeError) as error:
         fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
-             f"`make {kind if kind in FILES else f'publish RECIPE={recipe}'}` makes it")
+             f"`make {kind if kind in FILES else f'publish {what}={recipe}'}` makes it")
 
 
 def sweep(args):
@@ -279,6 +291,8 @@ def parse(command, argv):
     elif command != "html":
         parser.add_argument("--recipe", choices=RECIPES, default="digits", metavar="NAME",
                             help=f"whose runs: {', '.join(RECIPES)} (%(default)s)")
+    if command == "publish":
+        parser.add_argument("--sweep", metavar="NAME", help="a sweep, in place of a recipe's runs")
     return parser.parse_args(argv)
 
 

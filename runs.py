@@ -6,6 +6,7 @@ No command of its own, and no torch.
 """
 import contextlib
 import csv
+import datetime
 import fcntl
 import hashlib
 import io
@@ -115,7 +116,7 @@ def make_config(args, script, versions, **known):
     except OSError:      # no git: copied by hand, or into a notebook
         commit = None
     return {"schema": SCHEMA, "script": script, **vars(args), **known, "versions": versions,
-            "git_commit": commit or None}
+            "git_commit": commit or None, "date": datetime.date.today().isoformat()}
 
 
 def plain_name(flag, name):
@@ -146,7 +147,7 @@ def open_run(args, config, name):
         if had.get("schema") != SCHEMA:
             fail(f"{folder}: written by another version of these scripts "
                  f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
-        skip = FREE | {"versions", "git_commit", "schema"}
+        skip = FREE | {"versions", "git_commit", "date", "schema"}
         now = json.loads(json.dumps(config))
         old = {**{key: DEFAULTS.get(key) for key in now.keys() - had.keys()}, **had}
         differs = [f"{key} {short(old.get(key))} (asked for: {short(now.get(key))})"

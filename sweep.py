@@ -109,7 +109,7 @@ def sweep(args, script, words):
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "sweep.csv", names, found)
     draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
-    text = table(names, rows, best)
+    text = table(names, rows, best) + about(folder / early.recipe, script, words)
     runs.write_whole(folder / "sweep.md", text.encode())
     print(f"\n{text}\n{folder}/sweep.csv, sweep.md, sweep.png; "
           f"{time.perf_counter() - started:.0f} s")
@@ -157,6 +157,18 @@ def table(names, rows, best):
                       str(row["parameters"]), *(percent(row[figure]) for figure in FIGURES), mark])
     note = "Mean over n seeds ± half of the 95 % interval (Student's t)."
     return f"{pipes(header, lines)}\n\n{note}\n"
+
+
+def about(folder, script, words):
+    """What all of the sweep's runs have in common, or how they differ, in a line."""
+    configs = [runs.read_json(path) for path in sorted(folder.glob("*/config.json"))]
+    told = []
+    for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
+                       ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),
+                       ("date", "date")):
+        values = sorted({config.get(key) for config in configs}, key=str)
+        told.append(f"{title} {', '.join(runs.short(v)[:12] for v in values)}")
+    return plain(f"\n`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.\n")
 
 
 def draw(path, names, grids, rows, title):

@@ -34,7 +34,7 @@ def make_run(results, name, seed=0, test=70.0, average=None, learned=True, epoch
     config = dict(
         recipe="digits", dataset="digits", data_dir="data", device="cpu", precision="fp32",
         epochs=epochs, batch_size=128, lr=0.001, seed=seed, augment="crop", views=0, labels=None,
-        data_key="d" * 64, git_commit="c" * 40)
+        data_key="d" * 64, git_commit="c" * 40, date="2026-01-02")
     for key, value in changed.items():
         (final if key in final else config)[key] = value
     rows = []

@@ -246,7 +246,7 @@ def test_same_settings_are_no_news(tmp_path):
     assert not any("differ" in note for note in result["notes"])
     assert result["notes"][0] == (
         "Data set digits; device cpu; precision fp32; epochs 6; batch 128; learning rate 0.001; "
-        "seeds 0, 1, 2; torch 2.14.1; commit cccccccccccc.")
+        "seeds 0, 1, 2; torch 2.14.1; commit cccccccccccc; date 2026-01-02.")
 
 
 def test_without_validation_images(tmp_path):

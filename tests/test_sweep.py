@@ -82,3 +82,22 @@ def test_the_recipe_says_whether_a_teacher_is_needed(easy, tmp_path):
         "--results-dir", tmp_path / "last"))
     assert len(found["rows"]) == 2 and (tmp_path / "last/sweeps").is_dir()
     assert not (tmp_path / "first").exists()
+
+
+def test_a_sweep_is_published_and_shown_in_a_readme(easy, tmp_path, capsys):
+    sweep(easy, tmp_path, "--over", "alpha=0,1", "--name", "mine", flags=("--teacher", "ema",
+                                                                        "--ema-decay", 0.9))
+    results = ["--results-dir", str(tmp_path)]
+    report.main(["publish", *results, "--sweep", "mine"])
+    kept = tmp_path / "published" / "sweeps" / "mine"
+    assert sorted(path.name for path in kept.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- sweep:mine -->\n<!-- /sweep -->\nb\n")
+    report.main(["readme", *results, "--readme", str(readme)])
+    text = readme.read_text()
+    assert (kept / "sweep.md").read_text().strip() in text
+    for part in ("| alpha |", "data set folder", "precision fp32", "epochs 2", "seeds 0",
+                 "date 20"):
+        assert part in text, part
+    tiny.refused(capsys, report, ["publish", *results, "--sweep", "other"], "other")
+    tiny.refused(capsys, report, ["publish", *results, "--sweep", "../x"], "--sweep")
