@@ -9,6 +9,7 @@ step, which has its batch in place and does nothing but learn from it.
 """
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import os
@@ -525,6 +526,8 @@ def main(argv=None):
         fail(f"{args.data_dir}/train/<class>/* is not there; give --data-dir, CIFAR-10 as class "
              "folders")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True).stdout.strip()[:12] or None
     table = json.loads(OUT.read_text()) if OUT.exists() else {}
     with tempfile.TemporaryDirectory() as place:
         folder = subset(args.data_dir, Path(place) / "images")
@@ -533,7 +536,8 @@ def main(argv=None):
             rows = BENCHES[name](folder, Path(place) / "results")
             made = dict(rows=rows, seconds=time.perf_counter() - started, machine=dict(
                 device=torch.cuda.get_device_name() if kind == "cuda" else platform.machine(),
-                threads=torch.get_num_threads(), precision=precision(), torch=torch.__version__))
+                threads=torch.get_num_threads(), precision=precision(), torch=torch.__version__,
+                commit=commit, date=datetime.date.today().isoformat()))
             table.setdefault(kind, {})[name] = made
             for line in rows:
                 print(f"{line['ratio']:8.3f}  {line['goal'] or '':7}  {line['title']}", flush=True)
