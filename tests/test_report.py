@@ -520,10 +520,11 @@ def test_damaged_outputs_are_named(tmp_path, capsys):
 
 def test_the_speed_table_from_what_was_measured():
     def part(device, ratio, met):
-        machine = dict(device=device, threads=2, precision="fp32", torch="2.14.1")
+        machine = dict(device=device, threads=2, precision="fp32", torch="2.14.1", commit="abc",
+                       date="2026-01-02")
         return dict(machine=machine, rows=[dict(title="a step", goal="1.5", ratio=ratio, met=met)])
 
     lines = render.markdown_bench(dict(cpu=dict(steps=part("x86_64", 1.2345, False)))).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "a step", "1.5", "1.23 (missed)", "not measured"]
-    assert lines[-1] == "CPU: x86_64, 2 threads, fp32, torch 2.14.1"
+    assert lines[-1] == "CPU: x86_64, 2 threads, fp32, torch 2.14.1, commit abc, 2026-01-02"
