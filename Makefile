@@ -140,8 +140,9 @@ sweep-views: $(READY) teachers  ## how many views an image has; 0: a fresh one e
 sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
 	$(SWEEP) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
 
-bench: $(READY)  ## the speed table, on CIFAR-10 as class folders
+bench: dev  ## the speed table, on CIFAR-10 as class folders
 	$(PYTHON) tests/bench.py --data-dir "$(or $(DATA_DIR),data/cifar10)"
+	$(PYTHON) report.py readme
 
 claims: $(READY)  ## the reports' claims against what is published
 	$(PYTHON) tests/claims.py

@@ -9,6 +9,7 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
+import io
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import decode
 import digits
 import download
 import readers
+import runs
 from common import generator, seed_for
 from device import rank, world
 from flags import SIDES, a_path, fail, launch, number, parse, plain
@@ -178,7 +180,7 @@ class Batches:
             share = max(LABELLED_SHARE, len(self.labelled) / total)
             self.taught = len(self.labelled) and min(max(1, round(size * share)), size - 1)
         share = [*range(self.taught)[rank()::world()], *range(self.taught, size)[rank()::world()]]
-        self.mine = torch.tensor(share) if world() > 1 else slice(None)
+        self.mine = torch.tensor(share, device=self.device) if world() > 1 else slice(None)
         # (x/255 − mean)/std in one multiplication and one addition
         std = torch.tensor(std, dtype=torch.float32, device=self.device)
         self.scale = 1 / (255 * std)
@@ -189,8 +191,9 @@ class Batches:
 
     def __iter__(self):
         for start in range(0, len(self), self.batch_size)[rank()::world()]:
-            rows = torch.arange(start, min(start + self.batch_size, len(self)))
-            yield Batch(self.look(rows), self.labels[rows.to(self.device)], rows)
+            stop = min(start + self.batch_size, len(self))
+            rows = torch.arange(start, stop, device=self.images.device)
+            yield Batch(self.look(rows), self.labels[start:stop], rows)
 
     def order(self, epoch):
         """Return the rows of each step, (steps, B): shuffled, cut to a multiple of the batch.
@@ -218,24 +221,24 @@ class Batches:
     def epoch(self, epoch):
         """Yield the batches of training epoch 1, 2, …
 
-        What says which images and where to look goes to the images' device once an epoch: after
-        that a GPU that holds them is never waited for.
+        What says which images and where to look is copied once an epoch: after that no step waits
+        for a GPU.
         """
         place = self.images.device
         view = epoch % self.views if self.views else epoch
         streams = ("view", "other view") if self.pair else ("view",)
         draws = [self.draw(stream, view) for stream in streams]
         noises = ("noise", "other noise")[:len(draws)] if self.noise else ()
-        lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch)).to(place)
-                for stream in noises]
-        for step, rows in enumerate(self.order(epoch)[:, self.mine].to(place)):
+        lots = [torch.rand(2, len(self), generator=generator(self.seed, stream, epoch))
+                .to(self.device) for stream in noises]
+        order = self.order(epoch).to(self.device)[:, self.mine]
+        for step, (rows, there) in enumerate(zip(order.to(place), order, strict=True)):
             looks = [self.look(rows, draw) for draw in draws]
             for i, stream in enumerate(noises):
                 g = generator(self.seed, stream, epoch, step, device=self.device)
-                looks[i] = disturb(looks[i], self.noise, lots[i][:, rows], g, self.step_size,
+                looks[i] = disturb(looks[i], self.noise, lots[i][:, there], g, self.step_size,
                                    self.mine)
-            y = self.labels[rows.to(self.device)]
-            yield Batch(looks[0], y, rows, looks[1] if self.pair else None, epoch)
+            yield Batch(looks[0], self.labels[there], rows, looks[1] if self.pair else None, epoch)
 
     def draw(self, stream, view):
         """Return, for every image of the split, where view number `view` looks; drawn on the CPU,
@@ -277,7 +280,7 @@ def disturb(x, noise, lots, g, step_size, mine):
     whole step, of which `mine` are x's.
     """
     p1, p2, strength, share = noise
-    one, two = (lots.to(x.device).view(2, -1, 1, 1, 1)[i] < p for i, p in enumerate((p1, p2)))
+    one, two = (lots.view(2, -1, 1, 1, 1)[i] < p for i, p in enumerate((p1, p2)))
     shape = step_size, *x.shape[1:]
     bell = torch.randn(shape, generator=g, device=x.device)[mine]
     erased = torch.rand(step_size, 1, *shape[2:], generator=g, device=x.device)[mine] < share
@@ -311,7 +314,8 @@ def draw_grid(batch, raw, splits, path):
     try:
         with warnings.catch_warnings():     # a box stands for letters that the font lacks
             warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(path, dpi=100)
+            figure.savefig(memory := io.BytesIO(), format="png", dpi=100)
+        runs.write_whole(Path(path), memory.getvalue())
     except OSError as error:
         fail(f"{path}: cannot be written ({error.strerror}); give --out FILE")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flags import fail, say
+from flags import again, fail, say
 
 
 def pick_device(name="auto"):
@@ -55,6 +55,11 @@ def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
                 quota, period = map(int, Path(groups, group, "cpu.max").read_text().split())
                 there = min(there, math.ceil(quota / period))
     return there
+
+
+def threads():
+    """Return how many threads to use beside torch's own: OMP_NUM_THREADS is in its count."""
+    return min(cpus(), torch.get_num_threads())
 
 
 def autocast(device, precision):
@@ -151,12 +156,12 @@ def guard(args):
         yield
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}; all that was finished is "
-             "kept: mend that, and the same command with --resume goes on")
+             f"kept: mend that, and {again(args)} goes on")
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):
-            fail("another process ended; the same command with --resume goes on after the last "
-                 f"finished epoch ({text.splitlines()[0][:100]})", 1)
+            fail(f"another process ended; {again(args)} goes on after the "
+                 f"last finished epoch ({text.splitlines()[0][:100]})", 1)
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             fail(f"--compile: PyTorch could not compile this network ({text.splitlines()[0]}); "
                  "leave --compile out, or mend that")
@@ -170,11 +175,16 @@ def guard(args):
              + " or --image-size" * (args.dataset == "folder"))
 
 
-def memory():
+def memory(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Return the bytes of memory that this process may fill: the machine's, or its group's."""
+    limits = [Path(groups, "memory", "memory.limit_in_bytes")]          # version 1
+    with contextlib.suppress(OSError, IndexError):
+        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])    # version 2
+        limits += [Path(groups, group, "memory.max") for group in (path, *path.parents)]
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):      # no such limit, or none set
-        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for limit in limits:
+        with contextlib.suppress(OSError, ValueError):      # no such limit, or none set
+            most = min(most, int(limit.read_text()))
     return most
 
 
@@ -188,7 +198,7 @@ def refuse_beyond_memory(needed, what, way_out):
 
 def peak_memory():
     """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():     # 0: it lies idle
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -30,6 +30,7 @@ import download
 import flags
 import models
 from device import guard, silent
+from runs import reserve
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -174,16 +175,17 @@ def kept_outputs(teacher, card, job, stream):
     file that is named by all that they depend on.
 
     A row's logits are those that the live teacher gives, bit for bit on the CPU: the same images in
-    batches of the same size, in the same precision.
+    batches of the same size, in the same precision, with as many threads.
     """
     args, train, folder = job.args, job.batches[0], job.folder.parent / ".teacher"
-    code = b"".join(Path(file).read_bytes() for file in (models.__file__, data.__file__, __file__))
+    sources = models, data, common, common.device       # and this file
+    code = b"".join(Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in sources)))
     depends = dict(
         teacher=job.config["teacher_sha256"], build=card["build"], mean=card["mean"],
-        std=card["std"], data=job.splits.key, normalise=args.normalise, images=len(train),
-        augment=args.augment, views=args.views, seed=args.seed, stream=stream,
-        batch=train.step_size, device=args.device, precision=args.precision,
-        torch=torch.__version__, code=hashlib.sha256(code).hexdigest())
+        std=card["std"], data=job.splits.key, pixels=(job.splits.mean, job.splits.std),
+        images=len(train), augment=args.augment, views=args.views, seed=args.seed, stream=stream,
+        batch=train.step_size, device=args.device, threads=torch.get_num_threads(),
+        precision=args.precision, torch=torch.__version__, code=hashlib.sha256(code).hexdigest())
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     shape = args.views, len(train), len(card["classes"])
     with download.alone(folder):        # of two runs at once, one computes
@@ -224,6 +226,7 @@ def fill(folder, key, shape, teacher, train, stream, precision):
     aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
+    reserve(aside)
     with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
               leave=False, disable=silent()) as bar:
         for view in range(views):

@@ -42,6 +42,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does, but for the exit code."""
 
 
+def again(args):
+    """Return how a run goes on: --overwrite beside --resume would start it again."""
+    flag = " with --resume" * (args.overwrite or not args.resume)
+    return "the same command" + flag + " in place of --overwrite" * bool(args.overwrite)
+
+
 def stopped(error, where, way_on):
     """Leave after Ctrl-C or SIGTERM, with a line that says how to go on."""
     fail(f"{where}stopped; {way_on}", 143 if isinstance(error, Terminated) else 130)

@@ -7,6 +7,7 @@
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
 import hashlib
+import reprlib
 import warnings
 
 import torch
@@ -188,8 +189,9 @@ def load(path, average=False):
         card = load_checkpoint(path)
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
-    if card.get("schema") != SCHEMA:
-        fail(f"{path}: written by another version of these scripts (schema {card.get('schema')}, "
+    schema = card.get("schema")
+    if type(schema) is not int or schema != SCHEMA:
+        fail(f"{path}: written by another version of these scripts (schema {reprlib.repr(schema)}, "
              f"now {SCHEMA}); train it again")
     weights = card.get("ema") if average else card["model"]
     if average and weights is None:

@@ -15,8 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 import download
+import runs
 from decode import decoding, read_image
-from device import cpus, refuse_beyond_memory
+from device import refuse_beyond_memory, threads
 from flags import fail, plain, say
 
 
@@ -99,7 +100,7 @@ def decode_all(files, size, fit, what):
         images[row] = read_image(files[row], size, fit)
 
     # PIL decodes outside Python's lock.
-    with decoding(), ThreadPoolExecutor(cpus()) as pool:
+    with decoding(), ThreadPoolExecutor(threads()) as pool:
         jobs = [pool.submit(fill, row) for row in range(len(files))]
         try:
             for row, job in enumerate(progress(jobs, what)):
@@ -227,6 +228,7 @@ def tiny_listing(root):
 # ---- the arrays on disk -----------------------------------------------------------------------
 
 CACHE_VERSION = 2      # raised when what is stored changes
+CHECKED = 2**30         # bytes of arrays up to which each start holds them against their key
 LISTED = 20             # files left out that the terminal shows; skipped.txt has all
 
 
@@ -262,23 +264,41 @@ def make_arrays(read):
     arrays = {"train_images": images[order], "train_labels": labels[order].astype(np.int64),
               "test_images": test_images, "test_labels": test_labels.astype(np.int64)}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    mean, std = mean_and_std(images)
+    return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
+                        std=std, key=key_of(arrays), skipped=sum(skipped, []))
+
+
+def key_of(arrays):
+    """Return the SHA-256 of a data set's arrays, which names it."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(arrays[name])
-    mean, std = mean_and_std(images)
-    return arrays, dict(version=CACHE_VERSION, classes=[str(c) for c in classes], mean=mean,
-                        std=std, key=digest.hexdigest(), skipped=sum(skipped, []))
+    return digest.hexdigest()
+
+
+def sum_of(facts):
+    """Return the SHA-256 of what is known of the arrays, their key included."""
+    told = {key: value for key, value in facts.items() if key != "sum"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def mapped(folder):
-    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None."""
+    """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None: they are not
+    there, of another version, or, if they are not too large to look at, not as they were written.
+    """
     try:
         facts = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
-    except (OSError, EOFError, ValueError):
+        known = facts.get("version") == CACHE_VERSION
+        small = sum(array.nbytes for array in arrays.values()) <= CHECKED
+        if small and (key_of(arrays) != facts["key"]
+                      or facts.get("sum", sum_of(facts)) != sum_of(facts)):
+            return None
+    except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
         return None
-    return (arrays, facts) if facts.get("version") == CACHE_VERSION else None
+    return (arrays, facts) if known else None
 
 
 def image_arrays(folder, kind, listing, size, fit, skip_bad=False):
@@ -307,7 +327,10 @@ def cached_arrays(folder, read):
     if found:
         return found
     with download.alone(folder.parent):
-        return mapped(folder) or kept(folder, *make_arrays(read))
+        found = mapped(folder)
+        if not found and folder.exists():
+            say(f"{plain(folder)}: damaged, or of another version; made anew")
+        return found or kept(folder, *make_arrays(read))
 
 
 def kept(folder, arrays, facts):
@@ -317,11 +340,14 @@ def kept(folder, arrays, facts):
     try:
         aside.mkdir(parents=True)
         for name, array in arrays.items():
-            np.save(aside / f"{name}.npy", array)
+            with open(aside / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
         if facts.get("skipped"):
             lines = "".join(f"{plain(line)}\n" for line in facts["skipped"])
             (aside / "skipped.txt").write_text(lines, encoding="utf-8")
-        (aside / "meta.json").write_text(json.dumps(facts))
+        runs.write_whole(aside / "meta.json", json.dumps(facts | {"sum": sum_of(facts)}).encode())
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
         # nor those that a process was writing when it was killed.
         kind = folder.name.rpartition("-")[0]

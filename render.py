@@ -131,8 +131,8 @@ def markdown_bench(found):
                 lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
         made = [part["machine"] for part in found.get(kind, {}).values()]
         machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
-                            f"{m['precision']}, torch {m['torch']}, commit {m['commit']}, "
-                            f"{m['date']}" for m in made})
+                            f"{m['precision']}, torch {m['torch']}, commit {m.get('commit')}, "
+                            f"{m.get('date')}" for m in made})
     table = pipes(("what", "goal", *kinds.values()), [
         [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
         for (_, title, goal), values in lines.items()])

@@ -11,7 +11,6 @@
 import json
 import re
 import shlex
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -180,7 +179,7 @@ def publish(flags):
         target = Path(flags.results_dir) / "published" / place
         target.mkdir(parents=True, exist_ok=True)
         for file in ("sweep.md", "sweep.csv", "sweep.png"):
-            shutil.copyfile(Path(flags.results_dir) / place / file, target / file)
+            write_whole(target / file, (Path(flags.results_dir) / place / file).read_bytes())
         print(f"published in {target}")
         return {"sweep": flags.sweep}
     report = write(flags)
@@ -192,7 +191,7 @@ def publish(flags):
         small = (source / file).exists() and (source / file).stat().st_size < MOST_BYTES
         if small or not file.endswith(("curves.png", "details.png", SUMS)):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file, target / file)
+            write_whole(target / file, (source / file).read_bytes())
     print(f"published in {target}")
     for old in sorted(path.name for path in target.iterdir() if path.is_dir()):
         if old not in names:

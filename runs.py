@@ -7,6 +7,7 @@ No command of its own, and no torch.
 import contextlib
 import csv
 import datetime
+import errno
 import fcntl
 import hashlib
 import io
@@ -53,6 +54,18 @@ def write_whole(path, data):
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def reserve(path):
+    """Take the whole of a mapped file's place on the disk: a disk that is full while it is written
+    would end the process with SIGBUS, without a word."""
+    try:
+        with open(path, "r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
@@ -89,6 +102,8 @@ def damage(path):
             packed = [info.filename for info in bundle.infolist() if info.compress_type]
             wrong = f"{packed[0]!r} in it is packed" if packed else bundle.testzip()
     except Exception as error:      # what flipped bits lead to is of many kinds
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
+            return f"cannot be read ({error.strerror})"
         wrong = str(error) or type(error).__name__
     return wrong and (f"cut short or damaged ({wrong}); take a whole copy, or train it again with "
                       "--overwrite")
@@ -97,8 +112,8 @@ def damage(path):
 def read_json(path):
     """Return a JSON file's dict; one line naming the file where it is cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError, RecursionError) as error:
         fail(f"{path}: cannot be read ({error}); remove its folder, or add --overwrite")
 
 
@@ -156,8 +171,9 @@ def open_run(args, config, name):
         if differs and (finished or (folder / "checkpoint.pt").exists() or not args.resume):
             what = "finished" if finished else "begun"
             fail(f"{folder}: {what} with other settings: {', '.join(sorted(differs))}; {ways}")
-    elif finished:
-        fail(f"{folder}: final.json without config.json; {ways}")
+    elif finished or (folder / "checkpoint.pt").exists():
+        fail(f"{folder}: {'final.json' if finished else 'checkpoint.pt'} without config.json, "
+             f"which says with what settings; {ways}")
     for name in altered(folder, ("final.json",)) if finished else ():
         fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
     if finished:

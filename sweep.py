@@ -208,4 +208,6 @@ def draw(path, names, grids, rows, title):
     seeds = max(len(row["seeds"]) for row in rows)
     note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
     axes.set_title(f"{plain(title)}\n{note}", fontsize=TEXT, parse_math=False)
-    figure.savefig(path, dpi=110)
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=110)
+    runs.write_whole(path, memory.getvalue())

@@ -78,7 +78,8 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
         flags.fail(f"--batch-size {args.batch_size}: {train.taught} labelled and "
                    f"{train.step_size - train.taught} unlabelled images of a step cannot be shared "
                    f"equally by {world()} processes; give a multiple of {world()} of each")
-    val, test = (batches(split, 500) for split in (splits.val, splits.test))
+    size = max(1, min(500, 500 * 64 ** 2 // (shape[1] * shape[2])))     # as 500 of 64×64
+    val, test = (batches(split, size) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
                            final=final, config=config, facts=facts, card=card, started=started,
                            batches=(train, val, test))
@@ -136,8 +137,8 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
                           job.facts, average, plots.draw_curves)
     except KeyboardInterrupt as error:
-        flags.stopped(error, f"{job.folder}: ", "the same command with --resume goes on after its "
-                                                "last finished epoch")
+        flags.stopped(error, f"{job.folder}: ", f"{flags.again(job.args)} goes on after "
+                                                "its last finished epoch")
     finally:
         if lock is not None:
             os.close(lock)

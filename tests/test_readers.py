@@ -236,17 +236,25 @@ def test_an_image_that_cannot_be_decoded_leaves_no_arrays(folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "train_images.npy"])
-@pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_damaged_arrays_are_made_again(folder, name, damage):
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_damaged_arrays_are_made_again(folder, name, damage, capsys):
     before = load(folder)
     path = folder / ".arrays" / kept(folder)[0] / name
     if damage == "gone":
         path.unlink()
+    elif damage == "flipped":       # a digit of the mean, a bit of a pixel: still read without it
+        data = bytearray(path.read_bytes())
+        at = data.index(b'"mean"') + 12 if name == "meta.json" else len(data) - 5
+        data[at] ^= 1
+        path.write_bytes(data)
     else:
         path.write_bytes(path.read_bytes()[:-100])
     after = load(folder)
-    assert after.key == before.key
+    assert after.key == before.key and after.mean == before.mean
     np.testing.assert_array_equal(after.train.images, before.train.images)
+    assert "made anew" in capsys.readouterr().out
+    load(folder)
+    assert "made anew" not in capsys.readouterr().out
 
 
 def test_what_a_killed_process_had_begun_to_write_is_removed(folder, capsys):
