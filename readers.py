@@ -31,16 +31,18 @@ def image_files(folder, seen=(), left=None):
         fail(f"{folder}: a link that leads back to {real}, in a circle; remove it")
     found = []
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as listing:     # knows which are files, without a look at each
+            entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as error:
         fail(f"{folder}: cannot be read ({error.strerror})")
-    for path in entries:
-        if path.name.startswith("."):
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
             if left is not None:
                 left.append(path)
-        elif path.is_dir():
+        elif entry.is_dir():
             found += image_files(path, (*seen, real), left)
-        elif path.is_file():
+        elif entry.is_file():
             found.append(path)
         elif path.exists():
             fail(f"{path}: neither a file nor a folder; remove it")
