@@ -164,7 +164,8 @@ def open_run(args, config, name):
                  f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
         skip = FREE | {"versions", "git_commit", "date", "schema"}
         now = json.loads(json.dumps(config))
-        old = {**{key: DEFAULTS.get(key) for key in now.keys() - had.keys()}, **had}
+        # ... and a fact that is newer was not asked about.
+        old = {**{key: DEFAULTS.get(key, now[key]) for key in now.keys() - had.keys()}, **had}
         differs = [f"{key} {short(old.get(key))} (asked for: {short(now.get(key))})"
                    for key in (now.keys() | old.keys()) - skip if old.get(key) != now.get(key)]
         # A run stopped before its first epoch ended has nothing to lose.

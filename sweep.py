@@ -166,9 +166,10 @@ def about(folder, script, words):
     for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
                        ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),
                        ("date", "date")):
-        values = sorted({config.get(key) for config in configs}, key=str)
+        values = sorted({config.get(key, "unknown") for config in configs}, key=str)
         told.append(f"{title} {', '.join(runs.short(v)[:12] for v in values)}")
-    return plain(f"\n`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.\n")
+    told = plain(f"`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.")
+    return f"\n{told}\n"
 
 
 def draw(path, names, grids, rows, title):
