@@ -34,7 +34,8 @@ def fail(message, code=2):
     """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
     text = f"process {RANK}: {message}" if RANK else str(message)       # each may fail alone
     text = text if len(text) < 3000 else f"{text[:2000]} … {text[-900:]}"
-    tqdm.write(f"error: {plain(text)}", file=sys.stderr)
+    # In one piece: of several processes each may write.
+    tqdm.write(f"error: {plain(text)}\n", file=sys.stderr, end="")
     raise SystemExit(code)
 
 

@@ -131,8 +131,10 @@ def markdown_bench(found):
                 lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
         made = [part["machine"] for part in found.get(kind, {}).values()]
         machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
-                            f"{m['precision']}, torch {m['torch']}, commit {m.get('commit')}, "
-                            f"{m.get('date')}" for m in made})
+                            f"{m['precision']}, torch {m['torch']}"
+                            + "".join(f", {title}{m[key]}" for title, key in (
+                                ("commit ", "commit"), ("", "date")) if key in m)
+                            for m in made})
     table = pipes(("what", "goal", *kinds.values()), [
         [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
         for (_, title, goal), values in lines.items()])
@@ -155,7 +157,7 @@ def markdown_soak(found):
     made = sorted({f"{row['machine']['machine']}, {row['machine']['threads']} thread(s), torch "
                    f"{row['machine']['torch']}, {row['machine']['date']}, commit "
                    f"{str(row['machine']['commit'])[:12]}" for row in rows})
-    return f"{killed}\n\n{kept}\n\n" + "<br>\n".join(made)
+    return "\n\n".join([killed, *[kept] * bool(held), "<br>\n".join(made)])
 
 
 def markdown_claims(found):

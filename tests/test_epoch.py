@@ -10,6 +10,7 @@ from torch import nn
 
 import common
 import data
+import device
 import distill
 
 # ---- one epoch --------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def test_an_epoch_against_numpy(changed, monkeypatch):
     torch.manual_seed(0)
     args, model, batches, shared = flags(**changed), Line(), steps(), []
     average = common.make_average(model)
-    monkeypatch.setattr(common, "share_buffers_", lambda *modules: shared.append(modules))
+    monkeypatch.setattr(device, "share_buffers_", lambda *modules: shared.append(modules))
     if args.schedule == "constant":
         monkeypatch.setattr(common, "schedule", lambda kind, step, steps: (
             1 + math.cos(math.pi * step / steps)) / 2 if kind == "constant" else None)
@@ -203,7 +204,7 @@ def rows(own, average):
     ((0.2, 0.6, 0.5, 0.6), (0.1, 0.3, 0.4, 0.9)), ((0.2, 0.3, 0.4, 0.5), (0.7, 0.3, 0.4, 0.6))])
 def test_score_against_one_pass(own, average, norm, tmp_path, capsys, monkeypatch):
     shared = []
-    monkeypatch.setattr(common, "share_buffers_", lambda *modules: shared.append(modules))
+    monkeypatch.setattr(device, "share_buffers_", lambda *modules: shared.append(modules))
     train, val, test = splits()
     last = {"model": network(0, norm), "ema": network(1, norm)}
     kept = {"model": network(2, norm), "ema": network(3, norm)}
