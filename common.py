@@ -3,8 +3,8 @@
     python common.py --recipes                 the recipes as a table
 
 A training script hands fit() a model, batches, and one function, loss_fn(model, batch) ->
-(loss, logits); the rest is here. Recipes and flags are in flags.py, run folders in runs.py,
-device and precision in device.py.
+(loss, logits); the rest is here. Recipes are in recipes.py, flags in flags.py, run folders in
+runs.py, device and precision in device.py.
 """
 import contextlib
 import copy

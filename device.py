@@ -39,6 +39,15 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cpu" and native() else "fp32"
 
 
+def around(groups, own):
+    """Return the folders of this process's cgroup (version 2) and of those that it lies in: a limit
+    of any of them holds."""
+    with contextlib.suppress(OSError, IndexError):
+        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])
+        return [Path(groups, group) for group in (path, *path.parents)]
+    return []
+
+
 def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Return how many CPUs this process may keep busy: those it may run on, or fewer where the
     quota of its cgroup (a container's, a cluster job's) is less. Files as Linux has them."""
@@ -48,12 +57,10 @@ def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     with contextlib.suppress(OSError, ValueError):      # version 1
         quota, period = (int(path.read_text()) for path in quotas)
         there = min(there, math.ceil(quota / period)) if quota > 0 else there
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])    # version 2
-        for group in (path, *path.parents):     # a quota of any of them holds
-            with contextlib.suppress(OSError, ValueError):
-                quota, period = map(int, Path(groups, group, "cpu.max").read_text().split())
-                there = min(there, math.ceil(quota / period))
+    for group in around(groups, own):                   # version 2
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            there = min(there, math.ceil(quota / period))
     return there
 
 
@@ -177,10 +184,8 @@ def guard(args):
 
 def memory(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Return the bytes of memory that this process may fill: the machine's, or its group's."""
-    limits = [Path(groups, "memory", "memory.limit_in_bytes")]          # version 1
-    with contextlib.suppress(OSError, IndexError):
-        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])    # version 2
-        limits += [Path(groups, group, "memory.max") for group in (path, *path.parents)]
+    limits = [Path(groups, "memory", "memory.limit_in_bytes"),          # version 1
+              *(group / "memory.max" for group in around(groups, own))]
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in limits:
         with contextlib.suppress(OSError, ValueError):      # no such limit, or none set

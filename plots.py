@@ -71,7 +71,7 @@ def draw_curves(history_rows, path, title="", chance=None):
                       fontsize=TEXT, handlelength=3.5)
     if title:
         figure.suptitle(title, fontsize=TEXT + 1)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(rows, runs, path, title="", chance=None):
@@ -110,7 +110,7 @@ def draw_comparison(rows, runs, path, title="", chance=None):
                       fontsize=TEXT, handlelength=4.5)
     if title:
         figure.suptitle(title, fontsize=TEXT + 2)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_details(panels, path):
@@ -133,7 +133,7 @@ def draw_details(panels, path):
                            cmap="cividis")
         _plain(low, "true class" if not column else None, "class that was said")
     figure.colorbar(image, ax=list(axes[1]), shrink=0.8, label="share of the true class")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _test_panel(axes, rows, chance):
@@ -230,7 +230,7 @@ def _percent_axis(axes, label, chance):
                       va="top" if below else "bottom", fontsize=TEXT - 1, color="#555555")
 
 
-def _save(figure, path):
+def save(figure, path):
     """Write the PNG in 256 colours, coarser where it would still pass 200 KB."""
     for dots_per_inch in (150, 110, 80, 60):
         buffer, small = io.BytesIO(), io.BytesIO()

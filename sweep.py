@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import compare
 import runs
 from flags import RECIPES, Parser, fail, plain, say, settings
-from plots import OTHER_COLOURS, OTHER_LINES, TEXT
+from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
 from render import pipes
 
 SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
@@ -209,6 +209,4 @@ def draw(path, names, grids, rows, title):
     seeds = max(len(row["seeds"]) for row in rows)
     note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
     axes.set_title(f"{plain(title)}\n{note}", fontsize=TEXT, parse_math=False)
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=110)
-    runs.write_whole(path, memory.getvalue())
+    save(figure, path)

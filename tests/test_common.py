@@ -464,3 +464,16 @@ def test_no_more_threads_than_processors(monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("files, own, expected", [
+    ({}, "", None), ({"memory.max": "max\n"}, "0::/\n", None),
+    ({"a/memory.max": "5000\n", "a/b/memory.max": "max\n"}, "0::/a/b\n", 5000),
+    ({"memory/memory.limit_in_bytes": "7000\n"}, "4:memory:/\n", 7000)])
+def test_the_memory_of_a_cgroup_is_honoured(tmp_path, files, own, expected):
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert device.memory(tmp_path / "groups", tmp_path / "own") == (expected or whole)
