@@ -13,15 +13,21 @@ PIP_ARGS  ?=
 # Flags of every training script: set one here (EPOCHS=5) or write any in FLAGS="--lr 1e-3".
 FLAGS     ?=
 OVERWRITE ?=
+# 1: the teacher's outputs are computed once for kd, kd-only and all sweeps of them.
+CACHE     ?=
 SEEDS     ?= 0 1 2 3 4
 
-typed   = $(if $($(1)),--$(2) "$($(1))")
-SHARED  = $(strip --recipe $(RECIPE) --results-dir "$(RESULTS)" --seed $(SEED) --resume \
+# A folder may be called anything: quotes and dollars are not the shell's, nor make's.
+quote   = '$(subst ','\'',$(1))'
+typed   = $(if $(value $(1)),--$(2) $(call quote,$(value $(1))))
+FOLDER  = $(call quote,$(value RESULTS))
+SHARED  = --recipe $(RECIPE) --results-dir $(FOLDER) --seed $(SEED) --resume \
           $(call typed,DATASET,dataset) $(call typed,DATA_DIR,data-dir) \
           $(call typed,EPOCHS,epochs) $(call typed,BATCH_SIZE,batch-size) \
           $(call typed,LABELS,labels) $(call typed,VIEWS,views) \
           $(call typed,DEVICE,device) $(call typed,PRECISION,precision) \
-          $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS))
+          $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS)
+KEPT    = $(if $(filter-out 0,$(CACHE)),--cache)
 READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
 # What each recipe runs: of a report, what the report compares.
@@ -41,7 +47,7 @@ LENGTHS = 1,2,4,8,16
 COUNTS  = 50,100,500,1000,all
 MLPS    = mlp-13x3,mlp-3x13,mlp-13x2,mlp-2x13,mlp-13x4,mlp-4x13,mlp-12x3,mlp-3x12,mlp-14x3,mlp-3x14
 comma  := ,
-SWEPT   = $(RESULTS)/sweeps/epochs-teacher/$(RECIPE)
+SWEPT   = $(value RESULTS)/sweeps/epochs-teacher/$(RECIPE)
 each    = $(subst $() $(),$(comma),$(foreach n,$(subst $(comma), ,$(1)),$(SWEPT)/epochs=$(n)-s{seed}/best.pt))
 
 .PHONY: all $(RECIPES) reports stats teachers sweep-alpha sweep-temperature sweep-epochs sweep-ema \
@@ -78,10 +84,10 @@ student: $(READY)  ## the student alone
 	$(PYTHON) train_student.py $(SHARED)
 
 kd: $(READY)  ## the student from the teacher and the labels
-	$(PYTHON) distill.py --objective kd $(SHARED)
+	$(PYTHON) distill.py --objective kd $(SHARED) $(KEPT)
 
 kd-only: $(READY)  ## the student from the teacher alone
-	$(PYTHON) distill.py --objective kd-only $(SHARED)
+	$(PYTHON) distill.py --objective kd-only $(SHARED) $(KEPT)
 
 kd-ema: $(READY)  ## the student from its own average
 	$(PYTHON) distill.py --objective kd --teacher ema $(SHARED)
@@ -93,13 +99,13 @@ mean-teacher-no-ema: $(READY)  ## the student consistent with itself
 	$(PYTHON) distill.py --objective consistency --ema-decay 0 $(SHARED)
 
 report: $(READY)  ## table and picture of what is finished
-	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir "$(RESULTS)"
+	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir $(FOLDER)
 
 html: $(READY)  ## results/report.html: all of it in one file
-	$(PYTHON) report.py html --results-dir "$(RESULTS)"
+	$(PYTHON) report.py html --results-dir $(FOLDER)
 
 publish: $(READY)  ## small files of a RECIPE, or of a SWEEP, to published
-	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir "$(RESULTS)" $(call typed,SWEEP,sweep)
+	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir $(FOLDER) $(call typed,SWEEP,sweep)
 
 stats: $(READY)  ## the chain for every seed of SEEDS
 	@for seed in $(SEEDS); do \
@@ -107,7 +113,7 @@ stats: $(READY)  ## the chain for every seed of SEEDS
 
 # One script over a grid: make sweep-alpha SEEDS="0 1 2". Teachers are trained where they are needed.
 SWEEP = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
-GRID  = --recipe $(RECIPE) --results-dir "$(RESULTS)" $(call typed,DATASET,dataset) \
+GRID  = --recipe $(RECIPE) --results-dir $(FOLDER) $(call typed,DATASET,dataset) \
         $(call typed,DATA_DIR,data-dir) $(FLAGS)
 
 teachers: $(READY)  ## the teacher of every seed of SEEDS
@@ -115,14 +121,14 @@ teachers: $(READY)  ## the teacher of every seed of SEEDS
 	  $(MAKE) --no-print-directory teacher RECIPE=$(RECIPE) SEED=$$seed || exit; done
 
 sweep-alpha: $(READY) teachers  ## weight of the teacher
-	$(SWEEP) --over alpha=0,0.1,0.3,0.5,0.7,0.9,1 -- distill.py --objective kd $(GRID)
+	$(SWEEP) --over alpha=0,0.1,0.3,0.5,0.7,0.9,1 -- distill.py --objective kd $(GRID) $(KEPT)
 
 sweep-temperature: $(READY) teachers  ## of both sides
-	$(SWEEP) --over temperature=1,2,4,8,16 -- distill.py --objective kd $(GRID)
+	$(SWEEP) --over temperature=1,2,4,8,16 -- distill.py --objective kd $(GRID) $(KEPT)
 
 sweep-epochs: $(READY)  ## of the teacher, and what its student makes of it
 	$(SWEEP) --name epochs-teacher --over epochs=$(LENGTHS) -- train_teacher.py $(GRID)
-	$(SWEEP) --name epochs-student --over "teacher=$(call each,$(LENGTHS))" \
+	$(SWEEP) --name epochs-student --over $(call quote,teacher=$(call each,$(LENGTHS))) \
 	  -- distill.py --objective kd $(GRID)
 
 sweep-ema: $(READY)  ## decay of the mean teacher
@@ -141,7 +147,7 @@ sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
 	$(SWEEP) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
 
 bench: dev  ## the speed table, on CIFAR-10 as class folders
-	$(PYTHON) tests/bench.py --data-dir "$(or $(DATA_DIR),data/cifar10)"
+	$(PYTHON) tests/bench.py --data-dir $(call quote,$(or $(value DATA_DIR),data/cifar10))
 	$(PYTHON) report.py readme
 
 claims: $(READY)  ## the reports' claims against what is published
@@ -200,6 +206,7 @@ help:
 	  "BASE=$(BASE)" "the interpreter that makes .venv" \
 	  "PIP_ARGS=" "for pip, an index of CPU-only builds, say" \
 	  "OVERWRITE=" "1: run finished runs again" \
+	  "CACHE=" "1: kd, kd-only share one pass of the teacher" \
 	  "FLAGS=" "any flags, for every training script" \
 	  "DATASET= DATA_DIR= EPOCHS= BATCH_SIZE= LABELS= VIEWS= DEVICE= PRECISION=" "" \
 	  "" "as the flags of these names; default: the recipe's"

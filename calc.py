@@ -17,11 +17,10 @@ import inspect
 import json
 import math
 import re
-import signal
 from fractions import Fraction
 from pathlib import Path
 
-from flags import RECIPES, Parser, a_path, fail, number, settings, words
+from flags import RECIPES, Parser, a_path, fail, launch, number, settings, words
 
 REPORTS = Path(__file__).parent / "tests" / "reports.json"   # what the reports select, ask, print
 SLIDE = "floor((n + 2·p − (d·(k − 1) + 1)) / s) + 1"
@@ -295,8 +294,8 @@ def arch(recipe: NAME, *, batch_size: INT = 128):
 def init(recipe: NAME, *, init: {} = None, out: dict(type=a_path) = None):
     """Standard deviation of each output and gradient of a teacher's layers, on noise."""
     import torch
-    from matplotlib.figure import Figure
 
+    import plots
     from models import INITS, build
     answer, lines, (side, classes) = {}, [], (64, 200) if recipe[:4] == "tiny" else (32, 10)
     arch, *options = map(settings(recipe, "teacher").get, ("arch", "pool", "activation", "norm"))
@@ -310,7 +309,7 @@ def init(recipe: NAME, *, init: {} = None, out: dict(type=a_path) = None):
         loss = torch.nn.functional.cross_entropy(x, torch.arange(32) % classes)
         answer[name] = {key: [tensor.std().item() for tensor in tensors] for key, tensors in (
             ("output", kept), ("gradient", torch.autograd.grad(loss, kept)))}
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = plots.Figure(figsize=(10, 4), layout="constrained")
     for key, axes in zip(("output", "gradient"), figure.subplots(1, 2), strict=True):
         rows = [*zip(*(found[key] for found in answer.values()), strict=True)]     # a layer each
         lines += [columns(f"layer, deviation of its {key}", *answer)]
@@ -320,7 +319,7 @@ def init(recipe: NAME, *, init: {} = None, out: dict(type=a_path) = None):
         axes.legend()
     out = Path(out or f"results/{recipe}/init.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    plots.save(figure, out)
     return {"inits": answer, "plot": str(out)}, [*lines, f"plot: {out}"]
 
 
@@ -396,5 +395,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)    # calc.py … | head
-    main()
+    launch(main)

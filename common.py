@@ -198,29 +198,22 @@ def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total
     return losses / world(), hits, rows, torch.stack(norms)
 
 
-def stop_unless_finite(args, losses, norms, model, epoch, steps, folder, what="step"):
-    """End with exit code 3 at the first loss that is not finite, naming epoch, step, learning rate
-    and the layer whose gradient was largest in the last step before it, or failing that in it."""
-    wrong = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+def stop_unless_finite(args, values, norms, model, epoch, steps, folder, what="loss"):
+    """End with exit code 3 at the first value that is not finite, naming epoch, step, learning rate
+    and the layer whose gradient was largest in the last step before it, or failing that in it.
+    values: the loss of each step; or one, of `what`, after the last."""
+    wrong = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if wrong is None:
         return
     layers = [name for name, p in model.named_parameters() if p.grad is not None]
-    at, before = (wrong, norms[max(0, wrong - 1)]) if what == "step" else (steps - 1, norms[-1])
+    at, before = (wrong, norms[max(0, wrong - 1)]) if what == "loss" else (steps - 1, norms[-1])
     lr = args.lr * schedule(args.schedule, (epoch - 1) * steps + at, args.epochs * steps)
     largest = before.nan_to_num(nan=math.inf).argmax().item()
     kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
-    fail(f"the loss is {losses[wrong]} at epoch {epoch}, {what} {wrong + 1}, learning rate "
+    fail(f"the {what} is {values[wrong]} at epoch {epoch}, step {at + 1}, learning rate "
          f"{lr:.2g}; the largest gradient before was that of {layers[largest]}, norm "
          f"{before[largest]:.2g}; {kept} in {folder}; try a lower --lr, --clip 1 or --precision "
          "fp32", code=3)
-
-
-def chance(labels):
-    """Return the accuracy that a network must pass to have learned anything: always naming the
-    largest class, plus 3 standard errors of that share."""
-    labels = labels[labels >= 0].cpu()
-    share = labels.bincount().max().item() / len(labels)
-    return share + 3 * math.sqrt(share * (1 - share) / len(labels))
 
 
 def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=None):
@@ -233,7 +226,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     """
     train, val, test = splits
     optimizer = make_optimizer(model, args)
-    limit = chance((val if len(val) else test).labels)
+    limit = runs.chance((val if len(val) else test).labels.cpu())
     networks = {"model": model} | ({} if average is None else {"ema": average})
     history, best = restore(folder, networks, optimizer) if args.resume else ([], {})
     if history and rank() == 0:
@@ -258,8 +251,9 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
-        stop_unless_finite(args, [row["val_loss"] or 0.0], norms, model, epoch, steps, folder,
-                           "validation")
+        size = sum(p.detach().float().norm() for p in model.parameters()).item()
+        for what, value in (("norm of the weights", size), ("validation loss", row["val_loss"])):
+            stop_unless_finite(args, [value or 0.0], norms, model, epoch, steps, folder, what)
         row |= dict(lr=lr, seconds=time.perf_counter() - started,
                     images_per_second=steps * train.step_size / trained)
         history.append(row)
@@ -328,6 +322,9 @@ def restore(folder, networks, optimizer):
     if not (folder / "checkpoint.pt").exists():
         return [], {}
     state = load_checkpoint(folder / "checkpoint.pt")
+    if not isinstance(state, dict) or state.get("schema") != runs.SCHEMA:
+        fail(f"{folder / 'checkpoint.pt'}: not of this version of the scripts (schema "
+             f"{runs.SCHEMA}); add --overwrite to start again")
     best = state.get("best") or load_checkpoint(folder / "best.pt")     # an older run's has none
     for name, network in networks.items():
         network.load_state_dict(state["networks"][name])
@@ -358,6 +355,9 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         tested["recomputed"] = evaluate(average, test, args.precision)
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
+    if not math.isfinite(tested["model"]["loss"]):
+        fail(f"{folder}: the loss on the test images is {tested['model']['loss']}: the weights are "
+             "too large for them; try a lower --lr, --clip 1 or --precision fp32", code=3)
     right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
     seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)

@@ -9,22 +9,20 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
-import io
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import decode
 import digits
 import download
+import plots
 import readers
-import runs
 from common import generator, seed_for
-from device import rank, world
+from device import guard, near, rank, world
 from flags import SIDES, a_path, fail, launch, number, parse, plain
 
 
@@ -165,10 +163,8 @@ class Batches:
                  pair=False, labelled_only=False, noise=None):
         self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
         self.draws, self.views, self.pair, self.noise = AUGMENTS[augment], views, pair, noise
-        images = tensor(split.images)
-        if self.device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info()[0] / 2:
-            images = images.to(self.device)
-        self.images, self.shape = images, images.shape[1:3]
+        self.images = near(tensor(split.images), self.device)
+        self.shape = self.images.shape[1:3]
         self.labels = torch.from_numpy(split.labels).to(self.device)
         known = torch.from_numpy(split.labels >= 0)
         self.labelled = known.nonzero().squeeze(1)
@@ -268,9 +264,14 @@ class Batches:
             pixels = (rows[:, None, None] * height + i[:, :, None]) * width + j[:, None, :]
             x = self.images.view(-1, 3)[pixels.view(-1)].view(-1, height, width, 3)
         if self.device.type == "cuda" and place.type == "cpu":
-            x = x.pin_memory()      # so that the copy does not wait for the steps under way
+            x = x.pin_memory()      # made while the GPU is at the steps before, and copied ahead
         x = x.to(self.device, non_blocking=True).float() * self.scale + self.offset
         return x.permute(0, 3, 1, 2)         # a view: the memory stays channels last
+
+
+def scoring_size(shape):
+    """Return how many images of (H, W) are scored at once: 500 of 64×64, fewer of larger ones."""
+    return max(1, min(500, 500 * 64 ** 2 // (shape[0] * shape[1])))
 
 
 def disturb(x, noise, lots, g, step_size, mine):
@@ -293,39 +294,18 @@ def mirror(index, size):
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
-def draw_grid(batch, raw, splits, path):
-    """Write a PNG: the same images as they are stored, and as the network sees them.
-
-    raw: (N, H, W, 3) uint8; batch: of Batches, N rows. Normalised values have no natural colours:
-    −2 is drawn black, +2 white.
-    """
-    n, seen = len(raw), (batch.x.permute(0, 2, 3, 1).numpy() + 2).clip(0, 4) / 4
-    rows, columns = -(-n // 8), min(n, 8)
-    figure = Figure(figsize=(1.9 * columns, 1.15 * rows + 0.6), layout="constrained")
-    for half, title, images in zip(figure.subfigures(1, 2), ("stored", "as the network sees it"),
-                                   (raw, seen), strict=True):
-        half.suptitle(title)
-        for i, axes in enumerate(half.subplots(rows, columns, squeeze=False).flat):
-            axes.axis("off")
-            if i < n:
-                axes.imshow(images[i])
-                name = plain((*splits.classes, "no label")[batch.y[i]])[:12]
-                axes.set_title(name.replace("$", r"\$"), fontsize=8, pad=2)
-    try:
-        with warnings.catch_warnings():     # a box stands for letters that the font lacks
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(memory := io.BytesIO(), format="png", dpi=100)
-        runs.write_whole(Path(path), memory.getvalue())
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); give --out FILE")
-
-
 def main(argv=None):
     own = {"show": dict(type=number(int, 1, 1024), metavar="N", help="write a picture of N images"),
            "out": dict(type=a_path, metavar="FILE",
                        help="where to; default: <data-dir>/<dataset>.png"),
            "download": dict(action="store_true", help="fetch the published files, no more")}
     args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)
+    with guard(args):
+        return show(args)
+
+
+def show(args):
+    """Make the arrays, print what they hold, draw some of them; return it as a dict."""
     if args.download:
         return download.only(args.dataset, args.data_dir,
                              readers.tiny_listing if args.dataset == "tinyimagenet" else None)
@@ -343,7 +323,9 @@ def main(argv=None):
         rows = torch.arange(min(args.show, len(batches)))
         batch = Batch(batches.look(rows, batches.draw("view", 1)), batches.labels[rows], rows)
         facts["picture"] = args.out or str(Path(args.data_dir) / f"{args.dataset}.png")
-        draw_grid(batch, splits.train.images[:len(rows)], splits, facts["picture"])
+        names = [(*splits.classes, "no label")[label] for label in batch.y]
+        plots.draw_grid(splits.train.images[:len(rows)], batch.x.permute(0, 2, 3, 1).numpy(), names,
+                        facts["picture"])
         print(plain(facts["picture"]))
     return facts
 

@@ -1,11 +1,14 @@
 """Where a run computes: device, precision, processes, memory. No command of its own."""
 import contextlib
 import copy
+import ctypes
 import datetime
 import math
 import os
+import platform
 import re
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -89,6 +92,23 @@ def set_up(args):
     return args, device
 
 
+def near(tensor, device):
+    """Return a tensor on the device where it fits in half of what is free of a GPU, so that no step
+    waits for a copy; else where it is."""
+    if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor.to(device)
+    return tensor
+
+
+def processor(device):
+    """Return the name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, IndexError):      # Linux
+        return Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0].strip()
+    return platform.processor() or platform.machine()
+
+
 def tell_time(batches, total):
     """Pass batches through; after 25 say how long `total` will take, from the last 20."""
     for i, batch in enumerate(batches):
@@ -106,14 +126,25 @@ def tell_time(batches, total):
 
 def join(device):
     """Join the other processes, where torchrun started this one; each GPU serves one of them."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # DistributedDataParallel's, whose new name for it is not known to earlier versions.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    # DistributedDataParallel's, whose new name for it is not known to earlier versions.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    try:
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if own >= there:
+                fail(f"--nproc-per-node: no GPU is left for process {own + 1} of this machine, "
+                     f"which has {there}; start as many processes, or give --device cpu")
+            torch.cuda.set_device(own)
         # Hours, for one may compute the teacher's outputs, or decode images, while others wait.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=12))
+    except (KeyError, ValueError) as error:
+        fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not all that torchrun "
+             f"sets ({error}); start with torchrun, or unset WORLD_SIZE")
+    with contextlib.suppress(OSError, AttributeError):      # Linux: end when torchrun is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
 
 
 def rank():
@@ -161,6 +192,8 @@ def guard(args):
     """End with one line where memory or a disk gives out, or another process has ended."""
     try:
         yield
+    except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
+        raise
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}; all that was finished is "
              f"kept: mend that, and {again(args)} goes on")

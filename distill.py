@@ -29,8 +29,8 @@ import data
 import download
 import flags
 import models
+import runs
 from device import guard, silent
-from runs import reserve
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def report_teacher(teacher, card, job, path):
     if labels and (own is None or own > labels):
         flags.say(f"warning: this teacher learned from {own or 'all'} labels, the student has "
                   f"{labels}: what it gains may be theirs")
-    if accuracy <= common.chance(val.labels):
+    if accuracy <= runs.chance(val.labels.cpu()):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
 
@@ -163,11 +163,10 @@ def report_teacher(teacher, card, job, path):
 def pick_cache(args, own):
     """Return whether the teacher's outputs are kept; refuse --cache where they cannot be."""
     why = ("--teacher ema: this teacher changes with every step" if own else
-           "--noise: every epoch draws its own" if args.noise else
-           "" if args.views else "--views 0: no view comes twice; give --views 4, say")
+           "--noise: every epoch draws its own" if args.noise else "")
     if args.cache and why:
         flags.fail(f"--cache with {why}; leave --cache out")
-    return not why and (args.epochs > args.views if args.cache is None else args.cache)
+    return not why and (0 < args.views < args.epochs if args.cache is None else args.cache)
 
 
 def kept_outputs(teacher, card, job, stream):
@@ -178,26 +177,26 @@ def kept_outputs(teacher, card, job, stream):
     batches of the same size, in the same precision, with as many threads.
     """
     args, train, folder = job.args, job.batches[0], job.folder.parent / ".teacher"
+    views = args.views or args.epochs       # fresh ones: as many as epochs, for the runs to come
     sources = models, data, common, common.device       # and this file
     code = b"".join(Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in sources)))
     depends = dict(
         teacher=job.config["teacher_sha256"], build=card["build"], mean=card["mean"],
         std=card["std"], data=job.splits.key, pixels=(job.splits.mean, job.splits.std),
-        images=len(train), augment=args.augment, views=args.views, seed=args.seed, stream=stream,
-        batch=train.step_size, device=args.device, threads=torch.get_num_threads(),
-        precision=args.precision, torch=torch.__version__, code=hashlib.sha256(code).hexdigest())
+        images=len(train), augment=args.augment, views=(args.views, views), seed=args.seed,
+        stream=stream, batch=train.step_size, device=args.device, precision=args.precision,
+        threads=torch.get_num_threads(), torch=torch.__version__,
+        code=hashlib.sha256(code).hexdigest())
+    shape = views, len(train), len(card["classes"])
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    shape = args.views, len(train), len(card["classes"])
     with download.alone(folder):        # of two runs at once, one computes
         path = whole_cache(folder, key) or fill(folder, key, shape, teacher, train, stream,
                                                 args.precision)
     table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
-    detail("cache", f"{args.views} views of {len(train)} images, "
-                    f"{path.stat().st_size / 1e6:.1f} MB: {path}")
-    if table.nbytes < 2**30:        # beside images that lie on a GPU
-        table = table.to(train.images.device)
-    return lambda batch: table[batch.epoch % args.views, batch.rows.to(table.device)].to(job.device)
+    detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
+    table = common.device.near(table, job.device)
+    return lambda batch: table[batch.epoch % views, batch.rows.to(table.device)].to(job.device)
 
 
 def whole_cache(folder, key):
@@ -226,11 +225,12 @@ def fill(folder, key, shape, teacher, train, stream, precision):
     aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
-    reserve(aside)
+    runs.reserve(aside)
     with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
               leave=False, disable=silent()) as bar:
         for view in range(views):
-            draw = train.draw(stream, view)
+            # The last of the fresh ones, which count from 1, is at epochs mod epochs = 0.
+            draw = train.draw(stream, view or (0 if train.views else views))
             for start in range(0, n, size):
                 rows = torch.arange(start, start + size).clamp(max=n - 1)      # a padded tail
                 with common.autocast(train.device, precision):

@@ -21,7 +21,8 @@ from recipes import (  # noqa: F401
 
 # ---- flags ------------------------------------------------------------------------------------
 
-RANK = int(os.environ.get("RANK", 0))       # torchrun's number of this process
+RANK = os.environ.get("RANK", "0")      # torchrun's number of this process
+RANK = int(RANK) if RANK.isdecimal() else 0
 
 
 def plain(text):
@@ -45,6 +46,8 @@ class Terminated(KeyboardInterrupt):
 
 def again(args):
     """Return how a run goes on: --overwrite beside --resume would start it again."""
+    if "resume" not in vars(args):
+        return "the same command"
     flag = " with --resume" * (args.overwrite or not args.resume)
     return "the same command" + flag + " in place of --overwrite" * bool(args.overwrite)
 
@@ -67,6 +70,7 @@ def launch(main):
         setattr(sys, name, stream)
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
         os._exit(141)
     except KeyboardInterrupt as error:
@@ -207,8 +211,9 @@ FLAGS = {
                         help="epochs over which the consistency term grows to its weight"),
         "warm-start": dict(type=number(int, 0, 100_000), metavar="N",
                            help="epochs on the labels alone, before the teacher teaches"),
-        "cache": dict(**on_off, help="compute the teacher's outputs once for all views; default: "
-                                     "where --views is above 0 and below --epochs"),
+        "cache": dict(**on_off, help="compute the teacher's outputs once for all views, for "
+                                     "all runs of this seed; default: where --views is above 0 "
+                                     "and below --epochs"),
         "noise": dict(type=four_numbers, metavar="P1,P2,RHO1,RHO2",
                       help="with P1 Gaussian noise of RHO1 standard deviations, with P2 a share "
                            "RHO2 of the pixels erased; 0,0,0,0: off"),

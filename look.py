@@ -58,7 +58,8 @@ def open_network(run, device="cpu", average=False):
 
 def outputs(one, test, precision):
     """Return a network's logits on a split, (N, classes)."""
-    batches = data.Batches(test, one.card["mean"], one.card["std"], 500, one.device)
+    size = data.scoring_size(test.images.shape[1:3])
+    batches = data.Batches(test, one.card["mean"], one.card["std"], size, one.device)
     common.evaluate(one.network, batches, precision, kept := [])
     return torch.cat(kept).cpu().numpy()
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from flags import plain
+from flags import fail, plain
 from runs import write_whole
 
 # Colours that stay apart for the colour-blind (Okabe & Ito 2008, without their yellow, too pale on
@@ -136,6 +136,27 @@ def draw_details(panels, path):
     save(figure, path)
 
 
+def draw_grid(stored, seen, names, path):
+    """Write a PNG: images as they are stored, (N, H, W, 3) uint8, and as the network sees them,
+    normalised. Those have no natural colours: −2 is drawn black, +2 white.
+    """
+    n = len(stored)
+    rows, columns = -(-n // 8), min(n, 8)
+    figure = Figure(figsize=(1.9 * columns, 1.15 * rows + 0.6), layout="constrained")
+    for half, title, images in zip(figure.subfigures(1, 2), ("stored", "as the network sees it"),
+                                   (stored, (seen + 2).clip(0, 4) / 4), strict=True):
+        half.suptitle(title)
+        for i, axes in enumerate(half.subplots(rows, columns, squeeze=False).flat):
+            axes.axis("off")
+            if i < n:
+                axes.imshow(images[i])
+                axes.set_title(_short(names[i], 12), fontsize=8, pad=2)
+    try:
+        write_whole(Path(path), _png(figure, 100))
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); give --out FILE")
+
+
 def _test_panel(axes, rows, chance):
     """Dots with values: the mean of the seeds, each seed faintly, first row on top."""
     everything = [100 * value for row in rows for value in row["test_accuracy"]["values"]]
@@ -196,10 +217,10 @@ def _dots(epochs):
     return {"marker": "o", "markersize": 3} if len(epochs) < 3 else {}
 
 
-def _short(label):
+def _short(label, most=28):
     """A name in a picture: not too long, and no mathematics where it holds dollars."""
     label = plain(label)
-    return (label if len(label) <= 28 else label[:26] + "..").replace("$", r"\$")
+    return (label if len(label) <= most else label[:most - 2] + "..").replace("$", r"\$")
 
 
 def _plain(axes, ylabel, xlabel=None):
@@ -230,14 +251,19 @@ def _percent_axis(axes, label, chance):
                       va="top" if below else "bottom", fontsize=TEXT - 1, color="#555555")
 
 
+def _png(figure, dots_per_inch):
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():     # a box stands for letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    return buffer.getvalue()
+
+
 def save(figure, path):
     """Write the PNG in 256 colours, coarser where it would still pass 200 KB."""
     for dots_per_inch in (150, 110, 80, 60):
-        buffer, small = io.BytesIO(), io.BytesIO()
-        with warnings.catch_warnings():     # a box stands for letters that the font lacks
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(buffer, format="png", dpi=dots_per_inch)
-        Image.open(buffer).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        small, picture = io.BytesIO(), Image.open(io.BytesIO(_png(figure, dots_per_inch)))
+        picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
         if small.tell() < MOST_BYTES:
             break
     write_whole(Path(path), small.getvalue())

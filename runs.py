@@ -242,9 +242,18 @@ def epoch_line(row, epochs):
             f"  {row['seconds']:.1f} s")
 
 
+def chance(labels):
+    """Return the accuracy that a network must pass to have learned anything: always naming the
+    largest class, plus 3 standard errors of that share. labels: integers, −1 where unlabelled."""
+    labels = np.asarray(labels)
+    counts = np.bincount(labels[labels >= 0])
+    share = counts.max() / counts.sum()
+    return float(share + 3 * math.sqrt(share * (1 - share) / counts.sum()))
+
+
 def learned_nothing(history, epochs, limit, classes):
     """Return a warning with the usual causes if, after a third of the epochs, no validation
-    accuracy is above the limit of common.chance; else None."""
+    accuracy is above the limit of chance(); else None."""
     row = history[-1]
     if len(history) != max(1, math.ceil(epochs / 3)) or row["val_accuracy"] is None:
         return None

@@ -21,7 +21,7 @@ import flags
 import models
 import plots
 import runs
-from device import guard, rank, set_up, wait, world
+from device import guard, processor, rank, set_up, wait, world
 
 CHOICES = models.CHOICES | data.CHOICES
 LOSS = "mean over the batch of −log softmax(student)[label]"
@@ -33,11 +33,10 @@ def hard_loss(model, batch):
     return F.cross_entropy(logits.float(), batch.y), logits
 
 
-def versions():
+def versions(device):
     """Return the versions and the device that config.json names."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                system=platform.system(), device=name, threads=torch.get_num_threads(),
+                system=platform.system(), device=processor(device), threads=torch.get_num_threads(),
                 processes=world())
 
 
@@ -55,7 +54,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     build = dict(arch=args.arch, num_classes=len(splits.classes), image_shape=shape, init=args.init,
                  pool=args.pool, activation=args.activation, norm=args.norm)
     model = models.build(**build)
-    config = runs.make_config(args, script, versions(), data_key=splits.key,
+    config = runs.make_config(args, script, versions(device), data_key=splits.key,
                               classes=len(splits.classes), **known)
     folder, final = runs.open_run(args, config, name)
     facts = dict(script=script, parameters=models.count_parameters(model),
@@ -78,7 +77,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
         flags.fail(f"--batch-size {args.batch_size}: {train.taught} labelled and "
                    f"{train.step_size - train.taught} unlabelled images of a step cannot be shared "
                    f"equally by {world()} processes; give a multiple of {world()} of each")
-    size = max(1, min(500, 500 * 64 ** 2 // (shape[1] * shape[2])))     # as 500 of 64×64
+    size = data.scoring_size(shape[1:])
     val, test = (batches(split, size) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
                            final=final, config=config, facts=facts, card=card, started=started,

@@ -13,7 +13,6 @@ import datetime
 import io
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,7 @@ import models  # noqa: E402
 import runs  # noqa: E402
 import train_student  # noqa: E402
 import train_teacher  # noqa: E402
-from device import pick_precision  # noqa: E402
+from device import pick_precision, processor  # noqa: E402
 from flags import fail, settings  # noqa: E402
 
 OUT = ROOT / "results" / "published" / "bench.json"
@@ -537,7 +536,7 @@ def main(argv=None):
             started = time.perf_counter()
             rows = BENCHES[name](folder, Path(place) / "results")
             made = dict(rows=rows, seconds=time.perf_counter() - started, machine=dict(
-                device=torch.cuda.get_device_name() if kind == "cuda" else platform.machine(),
+                device=processor(torch.device(kind)),
                 threads=torch.get_num_threads(), precision=precision(), torch=torch.__version__,
                 commit=commit, date=datetime.date.today().isoformat()))
             table.setdefault(kind, {})[name] = made

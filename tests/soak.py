@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -35,6 +34,7 @@ import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import device  # noqa: E402
 import render  # noqa: E402
 import runs  # noqa: E402
 import train_student  # noqa: E402
@@ -338,10 +338,10 @@ def show(rows, columns):
 def machine():
     """Return what the figures were made on and with."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True)
-    return train_student.versions() | dict(
-        device="cpu", machine=platform.machine(), threads=int(os.environ["OMP_NUM_THREADS"]),
-        cores=len(os.sched_getaffinity(0)), commit=commit.stdout.strip() or None,
-        date=datetime.date.today().isoformat())
+    return train_student.versions(device.pick_device("cpu")) | dict(
+        machine=device.processor(device.pick_device("cpu")), device="cpu",
+        threads=int(os.environ["OMP_NUM_THREADS"]), cores=len(os.sched_getaffinity(0)),
+        commit=commit.stdout.strip() or None, date=datetime.date.today().isoformat())
 
 
 def publish(part, row):

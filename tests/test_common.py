@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import common
 import device
 import models
+import runs
 
 
 def net(seed=0, norm="batch"):
@@ -333,8 +334,8 @@ def test_best_epoch_is_the_first_of_the_highest():
 
 def test_chance_is_three_standard_errors_above_the_largest_class():
     labels = torch.tensor([0] * 30 + [1] * 10 + [-1] * 60)      # unlabelled rows do not count
-    assert common.chance(labels) == pytest.approx(0.75 + 3 * math.sqrt(0.75 * 0.25 / 40))
-    assert common.chance(torch.arange(1000) % 10) == pytest.approx(0.1 + 3 * math.sqrt(9e-5))
+    assert runs.chance(labels) == pytest.approx(0.75 + 3 * math.sqrt(0.75 * 0.25 / 40))
+    assert runs.chance(torch.arange(1000) % 10) == pytest.approx(0.1 + 3 * math.sqrt(9e-5))
 
 
 def test_the_warning_after_a_third_of_the_epochs():

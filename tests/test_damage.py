@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from fractions import Fraction
 from pathlib import Path
 
@@ -166,6 +167,29 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_last_state(easy, tmp_path, c
     assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "whole" / RUN))
 
 
+def test_a_small_file_system_that_runs_full(easy, tmp_path):
+    """A real one of 300 kB, in which five checkpoints' worth of files do not fit."""
+    script = textwrap.dedent("""
+        mount -t tmpfs -o size=300k tutor "$1" && shift || exit 77
+        "$@" --arch digits-teacher --augment none --weight-decay 0; code=$?
+        ls -A "$0" >&2; exit $code""")
+    (tmp_path / "small").mkdir()
+    words = tiny.words(easy, tmp_path / "small")
+    try:
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script, tmp_path / "small" / RUN, tmp_path / "small",
+             sys.executable, "train_student.py", *words], cwd=HOUSE, text=True, capture_output=True)
+    except FileNotFoundError:
+        done = None
+    if done is None or done.returncode in (1, 77):
+        pytest.skip("no right to mount a file system here")
+    assert done.returncode == 2, done.stderr
+    error, *left = done.stderr.splitlines()
+    assert error.startswith(f"error: {tmp_path / 'small' / RUN}") and "No space left" in error
+    assert "--resume" in error and "config.json" in left
+    assert not [name for name in left if name.endswith(".part")], left
+
+
 def test_a_folder_that_vanishes_ends_the_run(easy, tmp_path, capsys, monkeypatch):
     def vanish(model, batch, whole=train_student.hard_loss):
         if batch.epoch == 2:
@@ -199,6 +223,17 @@ def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
              "lower --batch-size")
 
 
+def test_a_gpu_that_runs_out_of_memory_names_the_sizes(easy, tmp_path, capsys, monkeypatch):
+    """What PyTorch raises there, as no GPU is at hand here."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a "
+                                     "total capacity of 7.79 GiB")
+
+    monkeypatch.setattr(train_student, "hard_loss", full)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), "out of memory: 2.50 GiB",
+                 "batches of 16 images of 3×16×16", "lower --batch-size")
+
+
 # ---- numbers ----------------------------------------------------------------------------------
 
 def test_the_layer_of_the_largest_gradient_is_named(easy, tmp_path, capsys, monkeypatch):
@@ -214,6 +249,38 @@ def test_the_layer_of_the_largest_gradient_is_named(easy, tmp_path, capsys, monk
     line = tiny.refused(capsys, train_student, words, "epoch 2, step 1, learning rate 1e-05",
                         "features.3.weight", "epoch 1 is kept", code=3)
     assert "features.0" not in line
+
+
+@pytest.mark.parametrize("flags", [("--val-fraction", 0), ()])
+def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(easy, tmp_path, capsys,
+                                                                      monkeypatch, flags):
+    """No loss has seen them yet, and without validation images none would before the test."""
+    steps = []
+
+    class Spoiled(torch.optim.AdamW):
+        def step(self):
+            super().step()
+            steps.append(1)
+            if len(steps) == 2 * self.steps:
+                self.param_groups[1]["params"][0].data[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spoiled)
+    Spoiled.steps = 10 if flags else 7
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, *flags),
+                 "the norm of the weights is nan at epoch 2, step", "epoch 1 is kept", code=3)
+    assert len(steps) == 2 * Spoiled.steps
+    assert len(tiny.load(tmp_path / RUN / "checkpoint.pt")["history"]) == 1
+
+
+def test_a_loss_on_test_that_is_not_finite_is_no_result(easy, tmp_path, capsys, monkeypatch):
+    def evaluate(model, batches, *rest, whole=common.evaluate):
+        found = whole(model, batches, *rest)
+        return found | dict(loss=float("inf")) if len(batches) == 80 else found
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path),
+                 "the loss on the test images is inf", "--lr", code=3)
+    assert not (tmp_path / RUN / "final.json").exists()
 
 
 class Fixed(torch.nn.Module):

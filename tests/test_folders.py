@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+import common
 import distill
 import train_student
 import train_teacher
@@ -176,6 +177,15 @@ def test_a_run_of_another_schema_is_refused(done, capsys):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(schema=99)))
     tiny.refused(capsys, train_student, [*words, "--resume"], folder, "99", "--overwrite")
+
+
+@pytest.mark.parametrize("state", [{"schema": 99}, {"history": []}, [1, 2]])
+def test_a_checkpoint_of_another_schema_is_refused(done, capsys, state):
+    words, folder, _ = done
+    (folder / "final.json").unlink()
+    common.save_checkpoint(folder / "checkpoint.pt", state)
+    tiny.refused(capsys, train_student, [*words, "--resume"], folder / "checkpoint.pt",
+                 "schema 1", "--overwrite")
 
 
 # ---- dry run ----------------------------------------------------------------------------------

@@ -79,6 +79,15 @@ def test_a_recipe_is_a_target_of_make(recipe):
     assert commands(recipe) == commands("all", f"RECIPE={recipe}")
 
 
+@pytest.mark.parametrize("target", ["kd", "digits", "report", "sweep-alpha"])
+def test_a_folder_of_any_name_reaches_the_scripts(target):
+    """Quotes and dollars are neither the shell's nor make's; two spaces stay two."""
+    name = """it's "a  b" $HOME $(RECIPE) `x`"""
+    found = commands(target, f"RESULTS={name}", f"DATA_DIR={name}")
+    assert found and all(words[words.index("--results-dir") + 1] == name for words in found)
+    assert target == "report" or name in found[0][found[0].index("--data-dir"):]
+
+
 def test_make_knows_the_recipes_and_no_other():
     makefile = (tiny.ROOT / "Makefile").read_text()
     names = dict(re.findall(r"^(\w+) += (.*)$", makefile, re.M))

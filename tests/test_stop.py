@@ -48,6 +48,29 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     assert len(tiny.metrics(folder)) == 400 > whole
 
 
+def test_who_reads_the_lines_may_leave(easy, tmp_path):
+    """As `train_student.py | head -1` does: no traceback, no line about a file."""
+    child = start(easy, tmp_path)
+    assert child.stdout.readline()
+    child.stdout.close()
+    child.wait(timeout=60)
+    assert child.returncode == 141 and not child.stderr.read()
+    child.stderr.close()
+
+
+@pytest.mark.parametrize("script, flags, there, code, named", [
+    ("train_student.py", (), {"RANK": "abc"}, 0, ""),
+    ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "0"}, 2, "torchrun"),
+    ("train_student.py", (), {"WORLD_SIZE": "two"}, 2, "torchrun"),
+    ("calc.py", ("shape", "3x8x8", "fc:2"), {}, 0, "")])
+def test_an_environment_that_is_not_whole(easy, tmp_path, script, flags, there, code, named):
+    flags = flags or tiny.words(easy, tmp_path, "--epochs", 1)
+    done = subprocess.run([sys.executable, ROOT / script, *flags], text=True, capture_output=True,
+                          env=os.environ | there)
+    assert done.returncode == code and named in done.stderr
+    assert done.stderr.count("\n") == (code > 0)
+
+
 def stop(child, sent):
     """Stop a process; return its exit code and the lines on stderr."""
     child.send_signal(sent)
