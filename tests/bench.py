@@ -121,9 +121,10 @@ def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
     return seen / (time.perf_counter() - started)
 
 
-def bare_step(recipe, size=128, compiled=False, layout=torch.channels_last, kind=None):
+def bare_step(recipe, size=128, compiled=False, layout=torch.channels_last, kind=None,
+              role="student"):
     """Images per second of forward, loss, backward, step on one batch that is already in place."""
-    model = network(recipe, layout=layout).train()
+    model = network(recipe, role, layout).train()
     if compiled:
         model.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -193,17 +194,24 @@ def bench_kd(folder, results):
         cached,
         lambda: script(train_student, recipe, folder, results, *views)["images_per_second"],
         lambda: report_loop(folder, recipe, teacher, workers))
-    # The whole of kd: filling once, then epochs; all in proportion to the images.
     filling = filled["teacher_seconds"] - min(final["teacher_seconds"] for final in kept)
-    images = PER_CLASS * 10 * 0.9
-    whole = EPOCHS * images / theirs / (filling + EPOCHS * images / ours)
-    figures = dict(cached=ours, alone=alone, report_loop=theirs, filling_seconds=filling,
-                   views=VIEWS, workers=workers)
-    return [row(f"epoch of kd, cached / of the student alone ({recipe})", alone / ours, "≤ 1.10",
-                **figures),
+    return kd_rows(dict(cached=ours, alone=alone, report_loop=theirs, filling_seconds=filling,
+                        views=VIEWS, workers=workers))
+
+
+def kd_rows(figures):
+    """The rows of kd from what was measured. The whole: filling, then epochs, all in proportion to
+    the images; with fresh views as many are filled as there are epochs."""
+    ours, theirs, images = figures["cached"], figures["report_loop"], PER_CLASS * 10 * 0.9
+    a_view = figures["filling_seconds"] / figures["views"]
+    whole, fresh = (EPOCHS * images / theirs / (views * a_view + EPOCHS * images / ours)
+                    for views in (VIEWS, EPOCHS))
+    return [row(f"epoch of kd, cached / of the student alone ({LARGE})", figures["alone"] / ours,
+                "≤ 1.10", **figures),
             row("kd, cached / report loop with its live teacher", ours / theirs, "≥ 12", **figures),
             row(f"the same over {EPOCHS} epochs, filling {VIEWS} views included", whole, "≥ 4",
-                **figures)]
+                **figures),
+            row(f"the same, filling {EPOCHS}: each epoch its own", fresh, None, **figures)]
 
 
 def bench_ema(folder, results):
@@ -363,14 +371,21 @@ def bench_parts(folder, results):
 
 
 def bench_compile(folder, results):
-    """--compile against without, in the bare step."""
+    """--compile against without: the students in the real script, from the second epoch on, and a
+    teacher in the bare step."""
     rows = []
     for recipe in (LARGE, SMALL):
-        plain, compiled = best_in_turn(lambda r=recipe: bare_step(r),
-                                       lambda r=recipe: bare_step(r, compiled=True))
-        rows.append(row(f"bare step of {recipe}'s student, compiled / not", compiled / plain,
-                        None, plain=plain, compiled=compiled))
-    return rows
+        plain, compiled = best_in_turn(*(
+            lambda r=recipe, flag=flag: script(train_student, r, folder, results, flag, "--run",
+                                               flag[2:], epochs=2)["images_per_second"]
+            for flag in ("--no-compile", "--compile")))
+        rows.append(row(f"student of {recipe}, --compile / without", compiled / plain, None,
+                        plain=plain, compiled=compiled))
+    plain, compiled = best_in_turn(*(
+        lambda compiled=compiled: bare_step(SMALL, compiled=compiled, role="teacher")
+        for compiled in (False, True)))
+    return [*rows, row(f"bare step of {SMALL}'s teacher, compiled / not", compiled / plain, None,
+                       plain=plain, compiled=compiled)]
 
 
 def bench_processes(folder, results):
