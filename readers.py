@@ -75,10 +75,15 @@ def folder_listing(root):
              f"({len(odd)} such classes); both must hold the same")
     if len(listing["train"]) < 2:
         fail(f"{root}/train: {len(listing['train'])} class folders; at least 2 are needed")
+    tell_left(left)
+    return listing
+
+
+def tell_left(left):
+    """Say what was left out of a listing; nothing is skipped in silence."""
     if left:
         say(plain(f"note: not read, as hidden or in no class folder: {left[0]}"
                   + f" and {len(left) - 1} more" * (len(left) > 1)))
-    return listing
 
 
 def fingerprint(listing):
@@ -199,8 +204,8 @@ def tiny_listing(root):
     called by the first name in words.txt."""
     wnids = [line for line in tiny_lines(root / "wnids.txt") if line]
     words = dict(line.split("\t", 1) for line in tiny_lines(root / "words.txt") if "\t" in line)
-    there = {path.name for path in image_files(root / "val" / "images")}
-    labelled = {}
+    labelled, left = {}, []
+    there = {path.name for path in image_files(root / "val" / "images", left=left)}
     for line in tiny_lines(root / "val" / "val_annotations.txt"):
         file, wnid = (*line.split("\t"), "", "")[:2]
         if file in there:
@@ -209,7 +214,8 @@ def tiny_listing(root):
     for wnid in wnids:
         if not (root / "train" / wnid).is_dir():
             continue
-        files, tests = image_files(root / "train" / wnid / "images"), labelled.get(wnid, [])
+        files = image_files(root / "train" / wnid / "images", left=left)
+        tests = labelled.get(wnid, [])
         name = words.get(wnid, wnid).split(",")[0]
         if not files or len(tests) != TINY_VAL:
             fail(f"{root}: {len(files)} train and {len(tests)} labelled validation images of "
@@ -224,6 +230,7 @@ def tiny_listing(root):
     if found < len(wnids) or images < whole:
         say(f"{root}: a part, {found} of {len(wnids)} classes, {images} of their {whole} train "
             "images")
+    tell_left(left)
     return listing
 
 

@@ -35,7 +35,7 @@ import models  # noqa: E402
 import runs  # noqa: E402
 import train_student  # noqa: E402
 import train_teacher  # noqa: E402
-from device import pick_precision, processor  # noqa: E402
+from device import peak_memory, pick_precision, processor  # noqa: E402
 from flags import fail, settings  # noqa: E402
 
 OUT = ROOT / "results" / "published" / "bench.json"
@@ -247,12 +247,12 @@ def bench_start(folder, results):
     made = results / "made"
     if not made.exists():
         make_images(made, 50_000, listed=50_000)
-    code = ("import sys, time, resource, common, train_student\n"
+    code = ("import sys, common, train_student\n"
             "step = common.make_optimizer\n"
             "def first(*a):\n"
             "    o = step(*a); s = o.step\n"
             "    def stop(*b, **c):\n"
-            "        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)\n"
+            "        print(common.device.peak_memory(), flush=True)\n"
             "        import os; os._exit(0)\n"
             "    o.step = stop\n"
             "    return o\n"
@@ -266,7 +266,7 @@ def bench_start(folder, results):
         done = subprocess.run([sys.executable, "-c", code, *words], text=True, cwd=ROOT,
                               capture_output=True, check=True)
         speeds.append(time.perf_counter() - started)
-        memory.append(int(done.stdout.split()[-1]) / 2**20)
+        memory.append(int(done.stdout.split()[-1]) / 1e9)
     return [row("second start on 50 000 images, seconds to the first step", min(speeds[1:]),
                 "≤ 5", first_start_seconds=speeds[0]),
             row("the same, resident memory in GB", min(memory[1:]), "≤ 1.2")]
@@ -485,7 +485,6 @@ def bench_memory(folder, results):
 
 def one_epoch(folder, width, most_steps, held=False):
     """Time the first steps of an epoch of SMALL's student, its channels times `width`."""
-    import resource
     started = time.perf_counter()
     spec = models.ARCHITECTURES["cifar10-he-max-student"]
     models.ARCHITECTURES["wide"] = dict(spec, channels=tuple(width * c for c in spec["channels"]))
@@ -509,7 +508,7 @@ def one_epoch(folder, width, most_steps, held=False):
     seconds = (time.perf_counter() - ready) / (steps * len(first.y))
     return dict(seconds_an_image=seconds, seconds_an_epoch=seconds * len(batches),
                 start_seconds=ready - started,
-                peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+                peak_gb=peak_memory() / 1e9)
 
 
 BENCHES = dict(student=bench_student, kd=bench_kd, ema=bench_ema, start=bench_start,

@@ -196,12 +196,17 @@ def check_tiny(splits, levels, wnids):
 
 
 def test_tiny_imagenet_in_its_own_layout(root, capsys):
-    levels = tiny_imagenet(root / "tiny-imagenet-200", classes=WNIDS, train=10)
+    folder = root / "tiny-imagenet-200"
+    levels = tiny_imagenet(folder, classes=WNIDS, train=10)
+    hidden = folder / "val" / "images" / "._val_0.JPEG"         # as macOS leaves them
+    hidden.write_bytes(b"")
+    (folder / "train" / "n01" / "images" / "._n01_0.JPEG").write_bytes(b"")
     splits = data.load("tinyimagenet", root)
     check_tiny(splits, levels, list(WNIDS))             # in the order of wnids.txt
     assert np.bincount(splits.train.labels).tolist() == [9] * 4     # ours is held out of train
     assert np.bincount(splits.val.labels).tolist() == [1] * 4
-    assert "40 of their 2000 train images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "40 of their 2000 train images" in said and f"{hidden} and 1 more" in said
     again = data.load("tinyimagenet", root / "tiny-imagenet-200")
     assert again.key == splits.key and isinstance(again.train.images, np.memmap)
 
