@@ -121,24 +121,39 @@ def markdown_commands(report):
 
 
 def markdown_bench(found):
-    """published/bench.json as Markdown: what, goal, and a column for each kind of device."""
+    """published/bench.json as Markdown: what has a goal, what each part gains, how cost grows; a
+    column for each kind of device."""
     kinds = {"cpu": "CPU", "cuda": "GPU"}
-    lines, machines = {}, []
+    goals, gains, machines = {}, {}, {}
     for kind in kinds:
         for name, part in found.get(kind, {}).items():
-            for row in part["rows"]:
+            made = part["machine"]
+            who = (f"{made['device']}, {made['threads']} thread{'s' * (made['threads'] > 1)}, "
+                   f"{made['precision']}, torch {made['torch']}"
+                   + "".join(f", {title}{made[key]}" for title, key in (
+                       ("commit ", "commit"), ("", "date")) if key in made))
+            machines.setdefault(f"{kinds[kind]}: {who}", []).append(name)
+            for row in part["rows"] if name != "scale" else ():
                 value = f"{row['ratio']:.3g}" + ("" if row["met"] else " (missed)")
-                lines.setdefault((name, row["title"], row["goal"] or "-"), {})[kind] = value
-        made = [part["machine"] for part in found.get(kind, {}).values()]
-        machines += sorted({f"{kinds[kind]}: {m['device']}, {m['threads']} threads, "
-                            f"{m['precision']}, torch {m['torch']}"
-                            + "".join(f", {title}{m[key]}" for title, key in (
-                                ("commit ", "commit"), ("", "date")) if key in m)
-                            for m in made})
-    table = pipes(("what", "goal", *kinds.values()), [
-        [title, goal, *(values.get(kind, "not measured") for kind in kinds)]
-        for (_, title, goal), values in lines.items()])
-    return table + "\n\n" + "<br>\n".join(machines)
+                place, key = (goals, (row["title"], row["goal"])) if row["goal"] else (
+                    gains, (row["title"],))
+                place.setdefault(key, {})[kind] = value
+    tables = [pipes((*titles, *kinds.values()), [
+        [*key, *(values.get(kind, "not measured") for kind in kinds)]
+        for key, values in lines.items()])
+        for titles, lines in ((("what", "goal"), goals), (("what a part gains",), gains)) if lines]
+    for kind, title in kinds.items():
+        if "scale" in found.get(kind, {}):
+            rows = found[kind]["scale"]["rows"]
+            sizes = [row["title"].split(":")[0] for row in rows if row["figures"]]
+            values = [row["figures"] for row in rows if row["figures"]]
+            tables.append(pipes((f"how cost grows, {title}", "seconds an epoch", "peak GB"), [
+                [size, f"{value['seconds_an_epoch']:.1f}", f"{value['peak_gb']:.2f}"]
+                for size, value in zip(sizes, values, strict=True)]))
+            tables.append("; ".join(f"{row['title']} {row['ratio']:.2f}" for row in rows
+                                    if "power" in row["title"]).capitalize() + ".")
+    told = [f"{who}: {', '.join(names)}" for who, names in machines.items()]
+    return "\n\n".join([*tables, "<br>\n".join(told)])
 
 
 def markdown_soak(found):

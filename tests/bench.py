@@ -211,7 +211,8 @@ def kd_rows(figures):
             row("kd, cached / report loop with its live teacher", ours / theirs, "≥ 12", **figures),
             row(f"the same over {EPOCHS} epochs, filling {VIEWS} views included", whole, "≥ 4",
                 **figures),
-            row(f"the same, filling {EPOCHS}: each epoch its own", fresh, None, **figures)]
+            row(f"kd over {EPOCHS} epochs, filling {EPOCHS} views (fresh ones) / report loop",
+                fresh, None, **figures)]
 
 
 def bench_ema(folder, results):
@@ -423,7 +424,12 @@ def bench_scale(folder, results):
         found[thousands, width] = json.loads(done.stdout.splitlines()[-1])
         if thousands > 100:
             shutil.rmtree(made)
-    rows = []
+    return scale_rows(found, grid)
+
+
+def scale_rows(found, grid):
+    """The rows of {(thousands, width): figures}, with the slopes; and their plot."""
+    rows, slopes = [], []
     for (thousands, width), figures in found.items():
         rows.append(row(f"{thousands} thousand images, width {width}: seconds an epoch",
                         figures["seconds_an_epoch"], None, **figures))
@@ -432,26 +438,28 @@ def bench_scale(folder, results):
     for title, over, axis in (("images", grid[:3], 0), ("width", [grid[0], *grid[3:]], 1)):
         x = np.log([pair[axis] for pair in over])
         y = np.log([found[pair]["seconds_an_epoch"] for pair in over])
-        rows.append(row(f"seconds an epoch grow with the {title} to the power of",
-                        float(np.polyfit(x, y, 1)[0]), None))
-    draw_scale(found, grid, OUT.with_name("bench-scale.png"))
+        slopes.append(float(np.polyfit(x, y, 1)[0]))
+        rows.append(row(f"seconds an epoch grow with the {title} to the power of", slopes[-1],
+                        None))
+    draw_scale(found, grid, slopes, OUT.with_name("bench-scale.png"))
     return rows
 
 
-def draw_scale(found, grid, path):
+def draw_scale(found, grid, slopes, path):
     """Seconds of an epoch and peak memory over the number of images and over the width."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, over, place, title in (
-            (panels[0], grid[:3], 0, "thousand images"),
-            (panels[1], [grid[0], *grid[3:]], 1, "width, 10 thousand images")):
+    for axes, slope, over, place, title in (
+            (panels[0], slopes[0], grid[:3], 0, "thousand images, width 1"),
+            (panels[1], slopes[1], [grid[0], *grid[3:]], 1, "width, 10 thousand images")):
         x = [pair[place] for pair in over]
-        for key, label, style in (("seconds_an_epoch", "seconds an epoch", "o-"),
+        seconds = f"seconds an epoch, to the power of {slope:.2f}"
+        for key, label, style in (("seconds_an_epoch", seconds, "o-"),
                                   ("peak_gb", "peak memory, GB", "s--")):
             axes.loglog(x, [found[pair][key] for pair in over], style, label=label,
                         color="#0072B2" if style == "o-" else "#D55E00")
-        axes.set_xlabel(title)
+        axes.set(xlabel=title, ylabel="seconds, GB", ylim=(0.5, 1000))
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
         axes.grid(color="#E4E4E4")

@@ -527,4 +527,4 @@ def test_the_speed_table_from_what_was_measured():
     lines = render.markdown_bench(dict(cpu=dict(steps=part("x86_64", 1.2345, False)))).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
         "a step", "1.5", "1.23 (missed)", "not measured"]
-    assert lines[-1] == "CPU: x86_64, 2 threads, fp32, torch 2.14.1, commit abc, 2026-01-02"
+    assert lines[-1] == "CPU: x86_64, 2 threads, fp32, torch 2.14.1, commit abc, 2026-01-02: steps"
