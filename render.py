@@ -18,6 +18,12 @@ COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict
             "last epoch: points [95 %]", "verdict")
 BESIDE = ("run", "calibration error %", "agreement with teacher %", "KL to teacher",
           "worst class %", "best class %")
+# Columns of words; the others hold numbers, and stand to the right.
+WORDS = {"question", "verdict", "claim", "printed", "measured here", "or"}
+BESIDE_NOTE = ("Calibration error: how far the confidence is from the share that is right, over 15 "
+               "bins (Guo et al. 2017). Agreement: the share of test images where student and "
+               "teacher say the same class; KL: from the teacher's softmax to the student's, mean "
+               "over test.")
 COMMAND_OF = {
     "teacher": "train_teacher.py", "student": "train_student.py",
     "kd": "distill.py --objective kd", "kd-only": "distill.py --objective kd-only",
@@ -65,8 +71,10 @@ def _cells(row):
 
 
 def pipes(header, lines):
-    """A Markdown table; first column to the left, the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    """A Markdown table; numbers to the right, the first column and words to the left."""
+    header = list(header)
+    sides = ["---" if not i or name in WORDS else "---:" for i, name in enumerate(header)]
+    lines = [header, sides, *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
                      for line in lines)
 
@@ -88,23 +96,27 @@ def markdown_table(report):
     return table + "\n\n" + "<br>\n".join(report["notes"])
 
 
+def _compared(report):
+    """The lines of the table of comparisons, in the order of COMPARED."""
+    return [[entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
+             entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
+            for entry in report["comparisons"]]
+
+
 def markdown_comparisons(report):
     """The comparisons of a report as Markdown."""
-    return pipes(COMPARED, [
-        [entry["title"], entry["question"], str(entry["best"]["n"]), _points(entry["best"]),
-         entry["best"]["verdict"], _points(entry["last"]), entry["last"]["verdict"]]
-        for entry in report["comparisons"]])
+    return pipes(COMPARED, _compared(report))
 
 
-def markdown_beside(report):
-    """What accuracy does not say, as Markdown; "" where no run kept its outputs."""
+def _beside(report):
+    """The lines of what accuracy does not say, in the order of BESIDE; none where no run kept its
+    outputs."""
     rows = [row for row in report["rows"] if row.get("beside")]
-    lines = [[row["label"], _percent(row["beside"]["calibration"]),
-              *((_percent(row["beside"]["agreement"]), f"{row['beside']['divergence']['mean']:.3f}")
-                if "agreement" in row["beside"] else "--"),
-              f"{100 * min(row['beside']['classes']):.2f}",
-              f"{100 * max(row['beside']['classes']):.2f}"] for row in rows]
-    return pipes(BESIDE, lines) if lines else ""
+    return [[row["label"], _percent(row["beside"]["calibration"]),
+             *((_percent(row["beside"]["agreement"]), f"{row['beside']['divergence']['mean']:.3f}")
+               if "agreement" in row["beside"] else "--"),
+             f"{100 * min(row['beside']['classes']):.2f}",
+             f"{100 * max(row['beside']['classes']):.2f}"] for row in rows]
 
 
 def markdown_commands(report):
@@ -189,11 +201,8 @@ def markdown(report):
         "## Comparisons", markdown_comparisons(report),
         "Points of test accuracy, paired by seed, with the 95 % interval of Student's t. Where it "
         "holds 0, and with one seed, the runs cannot tell.",
-        *(["## Beside accuracy", markdown_beside(report), "![calibration and confusion]"
-           "(details.png)", "Calibration error: how far the confidence is from the share that is "
-           "right, over 15 bins (Guo et al. 2017). Agreement: the share of test images where "
-           "student and teacher say the same class; KL: from the teacher's softmax to the "
-           "student's, mean over test."] if markdown_beside(report) else []),
+        *(["## Beside accuracy", pipes(BESIDE, _beside(report)),
+           "![calibration and confusion](details.png)", BESIDE_NOTE] if _beside(report) else []),
         "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
 
 
@@ -227,7 +236,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
-td.words { white-space: normal; text-align: left; min-width: 12rem; }
+.words { white-space: normal; text-align: left; min-width: 6rem; }
 img { max-width: 100%; height: auto; background: #fff; padding: .3rem; border-radius: 4px; }
 .runs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
@@ -245,13 +254,16 @@ figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
 """
 
 
-def table(header, lines, words=()):
-    """Return a table; columns in `words` hold sentences."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(
-        f"<td{' class=words' if header[place] in words else ''}>{html.escape(cell)}</td>"
-        for place, cell in enumerate(line)) + "</tr>" for line in lines)
-    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
+def table(header, lines):
+    """Return a table of text."""
+    marks = [" class=words" if name in WORDS else "" for name in header]
+
+    def cells(kind, line):
+        return "".join(f"<{kind}{mark}>{html.escape(cell)}</{kind}>"
+                       for mark, cell in zip(marks, line, strict=True))
+
+    body = "".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
+    return f"<div class=wide><table><tr>{cells('th', header)}</tr>{body}</table></div>"
 
 
 def picture(path, caption):
@@ -265,20 +277,18 @@ def picture(path, caption):
 
 def recipe_section(folder, found):
     """Return the section of one recipe: table, notes, comparisons, pictures of all runs."""
-    compared = [[entry["title"], entry["question"], str(entry["best"]["n"]),
-                 _points(entry["best"]), entry["best"]["verdict"]]
-                for entry in found["comparisons"]]
     names = sorted(name for row in found["rows"] for name in row["runs"])
     curves = "".join(picture(folder / name / "curves.png", name) for name in dict.fromkeys(names))
     parts = [f'<h2 id="{html.escape(folder.name)}">{html.escape(folder.name)}</h2>',
              table(list(COLUMNS), map(_cells, found["rows"])),
              '<p class=notes>' + "<br>".join(map(html.escape, found["notes"])) + "</p>"]
-    if compared:
-        parts += ["<h3>Comparisons</h3>",
-                  table(["comparison", "question", "n", "points [95 %]", "verdict"], compared,
-                        words=("question",))]
-    parts += [picture(folder / f"{name}.png", f"{title} of {folder.name}") for name, title in (
-        ("comparison", "all runs"), ("details", "calibration and confusion"))]
+    if found["comparisons"]:
+        parts += ["<h3>Comparisons</h3>", table(COMPARED, _compared(found))]
+    parts.append(picture(folder / "comparison.png", f"all runs of {folder.name}"))
+    if _beside(found):
+        parts += ["<h3>Beside accuracy</h3>", table(BESIDE, _beside(found)),
+                  f"<p class=notes>{html.escape(BESIDE_NOTE)}</p>",
+                  picture(folder / "details.png", f"calibration and confusion of {folder.name}")]
     parts.append(f"<h3>Runs</h3><div class=runs>{curves}</div>" if curves else "")
     return "\n".join(parts)
 
