@@ -2,9 +2,8 @@
 
     python common.py --recipes                 the recipes as a table
 
-A training script hands fit() a model, batches, and one function, loss_fn(model, batch) ->
-(loss, logits); the rest is here. Recipes are in recipes.py, flags in flags.py, run folders in
-runs.py, device and precision in device.py.
+A training script hands fit() a model, batches, and loss_fn(model, batch) -> (loss, logits); the
+rest is here. Recipes: recipes.py; flags: flags.py; run folders: runs.py; device: device.py.
 """
 import contextlib
 import copy
@@ -154,9 +153,8 @@ def set_training(model, args, epoch):
 def train_epoch(args, model, average, loss_fn, optimizer, batches, update, total, bar):
     """One pass over the batches, from update number `update` of `total`.
 
-    Returns each step's loss, hits, labelled rows and norms of the layers' gradients, still on the
-    device: a look at a value would make a GPU finish all work under way. On a CPU it is free, and
-    saves the rest of the epoch.
+    Returns each step's loss, hits, labelled rows and norms of the layers' gradients, on the device:
+    a look at a value would make a GPU finish all work under way. On a CPU it is free.
     """
     losses, hits, rows, norms, together = [], [], [], [], world() > 1
     # Averages the gradients of all processes during backward; made anew for what is frozen now.
@@ -228,7 +226,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     optimizer = make_optimizer(model, args)
     limit = runs.chance((val if len(val) else test).labels.cpu())
     networks = {"model": model} | ({} if average is None else {"ema": average})
-    history, best = restore(folder, networks, optimizer) if args.resume else ([], {})
+    history, best = restore(folder, card, networks, optimizer) if args.resume else ([], {})
     if history and rank() == 0:
         save_best(folder, card, history, best)
     steps, first = train.steps(), len(history) + 1
@@ -313,24 +311,30 @@ def save_epoch(folder, card, history, best, networks, optimizer):
     runs.write_history(folder / "metrics.csv", history)
     states = {name: network.state_dict() for name, network in networks.items()}
     save_checkpoint(folder / "checkpoint.pt", dict(
-        schema=runs.SCHEMA, history=history, networks=states, best=best,
-        optimizer=optimizer.state_dict()))
+        schema=runs.SCHEMA, settings=card["settings"], history=history, networks=states,
+        best=best, optimizer=optimizer.state_dict()))
 
 
-def restore(folder, networks, optimizer):
+def restore(folder, card, networks, optimizer):
     """Load the last finished epoch, if there is one; return its history and the best weights."""
-    if not (folder / "checkpoint.pt").exists():
+    again = "put the right one there, or add --overwrite"
+    if not (path := folder / "checkpoint.pt").exists():
         return [], {}
-    state = load_checkpoint(folder / "checkpoint.pt")
+    state = load_checkpoint(path)
     if not isinstance(state, dict) or state.get("schema") != runs.SCHEMA:
-        fail(f"{folder / 'checkpoint.pt'}: not of this version of the scripts (schema "
-             f"{runs.SCHEMA}); add --overwrite to start again")
-    best = state.get("best") or load_checkpoint(folder / "best.pt")     # an older run's has none
-    for name, network in networks.items():
-        network.load_state_dict(state["networks"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    say(f"going on after epoch {len(state['history'])}")
-    return state["history"], {name: best[name] for name in networks}
+        fail(f"{path}: not of this version of the scripts (schema {runs.SCHEMA}); {again}")
+    try:
+        if state.get("settings", card["settings"]) != card["settings"]:
+            raise ValueError("its settings are not those of config.json")
+        best = state.get("best") or load_checkpoint(folder / "best.pt")     # an older run's
+        for name, network in networks.items():
+            network.load_state_dict(state["networks"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        history, best = state["history"], {name: dict(best[name]) for name in networks}
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        fail(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]}); {again}")
+    say(f"going on after epoch {len(history)}")
+    return history, best
 
 
 def score(args, folder, networks, best, history, splits, facts, limit):
@@ -347,8 +351,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         if name == "model" and world() == 1:        # of several processes each has seen a part
             runs.write_outputs(folder / "test.npz", torch.cat(logits).cpu(), test.labels.cpu())
     average = networks.get("ema")
-    if average is not None and args.norm == "batch":
-        # Averaged statistics are not those of the averaged weights: measure them on one epoch.
+    if average is not None and args.norm == "batch":    # averaged statistics are not its own
         with autocast(train.device, args.precision):
             torch.optim.swa_utils.update_bn(train.epoch(args.epochs), average)
         device.share_buffers_(average)
@@ -356,8 +359,8 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
     if not math.isfinite(tested["model"]["loss"]):
-        fail(f"{folder}: the loss on the test images is {tested['model']['loss']}: the weights are "
-             "too large for them; try a lower --lr, --clip 1 or --precision fp32", code=3)
+        fail(f"{folder}: the loss on test is {tested['model']['loss']}; try a lower --lr, --clip 1 "
+             "or --precision fp32", code=3)
     right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
     seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)

@@ -173,8 +173,7 @@ class Batches:
         self.step_size = size = min(batch_size, total)
         self.taught = size      # rows of a step that are labelled
         if len(self.unlabelled):
-            share = max(LABELLED_SHARE, len(self.labelled) / total)
-            self.taught = len(self.labelled) and min(max(1, round(size * share)), size - 1)
+            self.taught = self.labelled_of(size)
         share = [*range(self.taught)[rank()::world()], *range(self.taught, size)[rank()::world()]]
         self.mine = torch.tensor(share, device=self.device) if world() > 1 else slice(None)
         # (x/255 − mean)/std in one multiplication and one addition
@@ -190,6 +189,11 @@ class Batches:
             stop = min(start + self.batch_size, len(self))
             rows = torch.arange(start, stop, device=self.images.device)
             yield Batch(self.look(rows), self.labels[start:stop], rows)
+
+    def labelled_of(self, size):
+        """Return how many of a step's rows are labelled, where there are unlabelled ones."""
+        known, total = len(self.labelled), len(self.labelled) + len(self.unlabelled)
+        return known and min(max(1, round(size * max(LABELLED_SHARE, known / total))), size - 1)
 
     def order(self, epoch):
         """Return the rows of each step, (steps, B): shuffled, cut to a multiple of the batch.

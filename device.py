@@ -209,8 +209,11 @@ def guard(args):
                 "not enough memory|allocate memory|bad_alloc|out of memory", text)):
             raise
         asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
-        fail(f"out of memory: {asked[1] if asked else 'more'} asked for beside "
-             f"{peak_memory() / 1e9:.2f} GB, with batches of {args.batch_size} images of "
+        lack = (f"out of memory: {asked[1] if asked else 'more'} asked for beside "
+                f"{peak_memory() / 1e9:.2f} GB")
+        if "batch_size" not in vars(args):
+            fail(f"{lack}; end other programs, or give a smaller --image-size where there is one")
+        fail(f"{lack}, with batches of {args.batch_size} images of "
              f"3×{args.image_size}×{args.image_size}; lower --batch-size"
              + " or --image-size" * (args.dataset == "folder"))
 

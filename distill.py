@@ -10,13 +10,13 @@
 
 The same seed sees the same batches and starts from the same student as train_student.py.
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shlex
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ import download
 import flags
 import models
 import runs
-from device import guard, silent
+from device import guard, rank, silent, wait, world
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -189,9 +189,12 @@ def kept_outputs(teacher, card, job, stream):
         code=hashlib.sha256(code).hexdigest())
     shape = views, len(train), len(card["classes"])
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    with download.alone(folder):        # of two runs at once, one computes
-        path = whole_cache(folder, key) or fill(folder, key, shape, teacher, train, stream,
-                                                args.precision)
+    # Of two runs at once one computes; of one run's processes each its share of the views.
+    with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
+        wait()
+        if not whole_cache(folder, key):
+            fill(folder, key, shape, teacher, train, stream, args.precision)
+        path = whole_cache(folder, key)
     table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
@@ -202,33 +205,28 @@ def kept_outputs(teacher, card, job, stream):
 def whole_cache(folder, key):
     """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
     for path in folder.glob(f"{key}-*.npy"):
-        if path.stem.endswith(f"-{crc(path):08x}"):
+        if path.stem.endswith(f"-{runs.crc(path):08x}"):
             return path
         flags.say(f"{path}: cut short or damaged, made anew")
-        path.unlink()
+        path.unlink(missing_ok=True)
     return None
-
-
-def crc(path):
-    """Return a file's CRC32, read in pieces: it may be larger than memory."""
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**24):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 @torch.no_grad()
 def fill(folder, key, shape, teacher, train, stream, precision):
-    """Write the teacher's logits for every view of every train image, (V, N, classes); return the
-    file's path."""
+    """Write the teacher's logits for every view of every train image, (V, N, classes)."""
     aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
-    table = np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
-    runs.reserve(aside)
-    with tqdm(total=views * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
+    if rank() == 0:
+        for old in folder.glob("*.part"):       # of a process that was killed
+            old.unlink(missing_ok=True)
+        np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
+        runs.reserve(aside)
+    wait()
+    table, mine = np.lib.format.open_memmap(aside, "r+"), range(rank(), views, world())
+    with tqdm(total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
               leave=False, disable=silent()) as bar:
-        for view in range(views):
+        for view in mine:
             # The last of the fresh ones, which count from 1, is at epochs mod epochs = 0.
             draw = train.draw(stream, view or (0 if train.views else views))
             for start in range(0, n, size):
@@ -239,11 +237,12 @@ def fill(folder, key, shape, teacher, train, stream, precision):
                 table[view, start:start + size] = logits.cpu().numpy()
                 bar.update(len(logits))
     table.flush()
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    path = folder / f"{key}-{crc(aside):08x}.npy"
-    os.replace(aside, path)
-    return path
+    wait()
+    if rank() == 0:
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, folder / f"{key}-{runs.crc(aside):08x}.npy")
+    wait()
 
 
 # ---- objectives -------------------------------------------------------------------------------

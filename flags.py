@@ -59,10 +59,14 @@ def stopped(error, where, way_on):
 
 def launch(main):
     """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
-    def terminate(*_):
-        raise Terminated
+    def stop(number, _):
+        for each in (signal.SIGINT, signal.SIGTERM):    # a second one must not break what cleans up
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # in the background
+        signal.signal(signal.SIGINT, stop)
     for name in ("stdout", "stderr"):       # closed; or of an encoding that lacks × and ²
         stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         if hasattr(stream, "reconfigure"):      # a notebook's %run has none

@@ -23,7 +23,7 @@ import data
 import decode
 import models
 from compare import against, log_softmax
-from device import pick_precision
+from device import guard, pick_precision
 from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words
 from render import frame, section, tile
 from runs import read_json, short, write_whole
@@ -347,7 +347,8 @@ def main_predict(argv):
                         help="any image that PIL reads")
     parser.add_argument("--average", action="store_true", help="use the average of the weights")
     args = parser.parse_args(argv)
-    found = predict(args.run, args.images, args.average)
+    with guard(args):
+        found = predict(args.run, args.images, args.average)
     for one in found:
         shares = "  ".join(f"{name} {100 * p:.1f} %" for name, p in one["top"])
         print(plain(f"{one['image']}: {shares}"))
@@ -376,7 +377,8 @@ def main(argv=None):
     parser.add_argument("--out", type=a_path, metavar="FILE",
                         help="where to; default: look.html in the run's folder")
     args = parser.parse_args(argv)
-    page, one, facts, why = build(args)
+    with guard(args):
+        page, one, facts, why = build(args)
     path = Path(args.out or one.file.parent / "look.html")
     try:
         write_whole(path, page.encode(errors="backslashreplace"))

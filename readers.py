@@ -87,13 +87,16 @@ def tell_left(left):
 
 
 def fingerprint(listing):
-    """Hash of paths, sizes and times: changes whenever a file is added, removed or rewritten."""
+    """Hash of paths, sizes and times: changes whenever a file is added, removed or rewritten, and
+    not with the way that leads to the folder."""
     digest = hashlib.sha256()
+    top = len(os.path.commonpath([files[0] for classes in listing.values()
+                                  for files in classes.values()]))
     for split, classes in listing.items():
         for files in classes.values():
             for path in files:
                 stat = path.stat()
-                digest.update(f"{split}\0{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
+                digest.update(f"{split}\0{str(path)[top:]}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(
                     errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
@@ -237,7 +240,7 @@ def tiny_listing(root):
 # ---- the arrays on disk -----------------------------------------------------------------------
 
 CACHE_VERSION = 2      # raised when what is stored changes
-CHECKED = 2**30         # bytes of arrays up to which each start holds them against their key
+CHECKED = 2**31         # bytes of arrays up to which each start holds the images against their key
 LISTED = 20             # files left out that the terminal shows; skipped.txt has all
 
 
@@ -301,9 +304,11 @@ def mapped(folder):
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
         known = facts.get("version") == CACHE_VERSION
+        labels = {name: array for name, array in arrays.items() if "labels" in name}
         small = sum(array.nbytes for array in arrays.values()) <= CHECKED
-        if small and (key_of(arrays) != facts["key"]
-                      or facts.get("sum", sum_of(facts)) != sum_of(facts)):
+        if (facts.get("sum", sum_of(facts)) != sum_of(facts)
+                or facts.get("labels", key_of(labels)) != key_of(labels)
+                or small and key_of(arrays) != facts["key"]):
             return None
     except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
         return None
@@ -356,7 +361,9 @@ def kept(folder, arrays, facts):
         if facts.get("skipped"):
             lines = "".join(f"{plain(line)}\n" for line in facts["skipped"])
             (aside / "skipped.txt").write_text(lines, encoding="utf-8")
-        runs.write_whole(aside / "meta.json", json.dumps(facts | {"sum": sum_of(facts)}).encode())
+        told = facts | {"labels": key_of({name: array for name, array in arrays.items()
+                                          if "labels" in name})}
+        runs.write_whole(aside / "meta.json", json.dumps(told | {"sum": sum_of(told)}).encode())
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
         # nor those that a process was writing when it was killed.
         kind = folder.name.rpartition("-")[0]

@@ -173,9 +173,9 @@ def markdown_soak(found):
     phases = ("start-up", "cache", "training", "end")
     rows, held = found["variants"].values(), found.get("memory", {}).values()
     killed = pipes(("run", "kills", "in start-up", "cache", "training", "at the end",
-                    "of these while writing", "epochs redone", "as if never killed"),
+                    "of these while writing", "as if never killed"),
                    [[row["variant"], str(row["kills"]), *(str(row[phase]) for phase in phases),
-                     str(row["between_writes"]), str(row["epochs_redone"]),
+                     str(row["between_writes"]),
                      "yes" if row["identical"] else "NO"] for row in rows])
     kept = pipes(("run", "MB after 5 epochs", "after 50", "open files", "threads"),
                  [[row["variant"], *(f"{row[f'{when}_bytes'] / 1e6:.1f}" for when in (

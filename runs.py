@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses w
 # What may differ between two calls for the same run: where things lie, and what to do about it.
 FREE = {"results_dir", "data_dir", "skip_bad", "run", "resume", "overwrite", "dry_run", "teacher",
         "init_from", "cache"}
+# ... and what is no setting, but a fact of a place or a day.
+FACTS = {"versions", "git_commit", "date", "schema", "before"}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
@@ -70,6 +73,15 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def crc(path):
+    """Return a file's CRC32, read in pieces: it may be larger than memory."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2**24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
 def write_final(folder, final):
     """Write final.json, the last file of a run, and before it the checksums of all its files."""
     data = json.dumps(final, indent=1).encode() + b"\n"
@@ -102,6 +114,10 @@ def damage(path):
             packed = [info.filename for info in bundle.infolist() if info.compress_type]
             wrong = f"{packed[0]!r} in it is packed" if packed else bundle.testzip()
     except Exception as error:      # what flipped bits lead to is of many kinds
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(2) == b"\x80\x02":
+                return ("in PyTorch's format of before 1.6, which has no checksums; torch.load it "
+                        "and torch.save it again")
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"
         wrong = str(error) or type(error).__name__
@@ -134,6 +150,14 @@ def make_config(args, script, versions, **known):
             "git_commit": commit or None, "date": datetime.date.today().isoformat()}
 
 
+def settings_of(config):
+    """Return a hash of all that a result depends on, for the files that must be of the same run. A
+    flag at its default does not count: an older run did not know it."""
+    kept = {key: value for key, value in json.loads(json.dumps(config)).items()
+            if key not in FREE | FACTS and value != DEFAULTS.get(key)}
+    return sha256(json.dumps(kept, sort_keys=True).encode())
+
+
 def plain_name(flag, name):
     """Return a typed name, which must be one of a folder, anywhere; else leave with one line."""
     if (not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable()
@@ -162,7 +186,7 @@ def open_run(args, config, name):
         if had.get("schema") != SCHEMA:
             fail(f"{folder}: written by another version of these scripts "
                  f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
-        skip = FREE | {"versions", "git_commit", "date", "schema"}
+        skip = FREE | FACTS
         now = json.loads(json.dumps(config))
         # ... and a fact that is newer was not asked about.
         old = {**{key: DEFAULTS.get(key, now[key]) for key in now.keys() - had.keys()}, **had}
@@ -186,6 +210,18 @@ def open_run(args, config, name):
     return folder, None
 
 
+def places_before(folder, config):
+    """Return what versions, devices and commits the earlier epochs of a run were made with, where
+    they are others; and say so: the bits may differ then."""
+    had = read_json(folder / "config.json")
+    was, now = ({**dict(one["versions"]), "commit": one.get("git_commit")} for one in (had, config))
+    differs = [f"{key} {short(was.get(key))} (now {short(now[key])})" for key in now
+               if was.get(key) != now[key]]
+    if differs:
+        say(f"note: begun with {', '.join(differs)}; what follows need not be the same bit for bit")
+    return had.get("before", []) + [was] * bool(differs)
+
+
 def begin_run(args, folder, config):
     """Make the run's folder with its config.json; with --overwrite, the old files go first.
 
@@ -196,9 +232,14 @@ def begin_run(args, folder, config):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if args.overwrite:
+        # Alone here from now on; but another run may have come and gone since the first look.
+        if open_run(args, config, folder.name)[1] is not None:
+            fail(f"{folder}: finished by another process just now; the same command says with what")
+        if args.overwrite or not (folder / "checkpoint.pt").exists():
             for file in RUN_FILES:
                 (folder / file).unlink(missing_ok=True)
+        else:
+            config = config | dict(before=places_before(folder, config))
         write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
     except BlockingIOError:
         fail(f"{folder}: another process is training here; wait for it, or give --run NAME")

@@ -60,9 +60,9 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     facts = dict(script=script, parameters=models.count_parameters(model),
                  macs=models.count_macs(model, shape))
     model = model.to(device, memory_format=torch.channels_last)
-    card = dict(schema=runs.SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
-                std=splits.std, fit=args.fit, recipe=args.recipe,
-                val_fraction=args.val_fraction, labels=args.labels)
+    card = dict(schema=runs.SCHEMA, settings=runs.settings_of(config), build=build,
+                classes=list(splits.classes), mean=splits.mean, std=splits.std, fit=args.fit,
+                recipe=args.recipe, val_fraction=args.val_fraction, labels=args.labels)
 
     def batches(split, size, **options):
         return data.Batches(split, splits.mean, splits.std, size, device, **options)
@@ -74,9 +74,12 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
                    "least 2, a labelled and an unlabelled image")
     shares = train.taught % world(), (train.step_size - train.taught) % world()
     if any(shares):
-        flags.fail(f"--batch-size {args.batch_size}: {train.taught} labelled and "
-                   f"{train.step_size - train.taught} unlabelled images of a step cannot be shared "
-                   f"equally by {world()} processes; give a multiple of {world()} of each")
+        mixed = (f", {train.taught} labelled and {train.step_size - train.taught} unlabelled,"
+                 if len(train.unlabelled) else "")
+        fits = [size for size in range(2, train.step_size) if not (
+            size % world() or mixed and train.labelled_of(size) % world())] or ["fewer processes"]
+        flags.fail(f"--batch-size {args.batch_size}: the {train.step_size} images of a step{mixed} "
+                   f"cannot be shared equally by {world()} processes; give {fits[-1]}")
     size = data.scoring_size(shape[1:])
     val, test = (batches(split, size) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,

@@ -54,8 +54,9 @@ TARGETS = {
         "seed_for": tests("common", "seeds"), "make_average": EMA, "ema_update_": EMA,
         "ema_decay": EMA, "ema_reached": EMA, "evaluate": tests("common", "evaluate"),
         "schedule": tests("common", "onecycle", "the_other_schedules"),
-        "make_optimizer": tests("common", "optimizer", "sgd"), "chance": tests("common", "chance"),
+        "make_optimizer": tests("common", "optimizer", "sgd"),
         "train_epoch": EPOCH, "score": EPOCH},
+    "runs": {"chance": tests("common", "chance"), "best_epoch": tests("training", "best_epoch")},
     "device": dict.fromkeys(("summed", "share_buffers_"), tests("processes", "a_sum")),
     "data": {"keep_labels": LABELS, **dict.fromkeys((
         "LABELLED_SHARE", "Batches.__init__", "Batches.__iter__", "Batches.order", "Batches.epoch",

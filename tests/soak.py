@@ -277,7 +277,7 @@ def soak(variant, place, count, rng):
     places = {name: sum(kill["phase"] == name for kill in kills) for name in PHASES}
     return dict(variant=variant, runs=runs_, kills=len(kills), **places,
                 between_writes=sum(kill["between_writes"] for kill in kills),
-                epochs_redone=places["training"], identical=not wrong, wrong=wrong,
+                identical=not wrong, wrong=wrong,
                 whole_run_cpu_seconds=round(took.total, 2),
                 seconds=round(time.monotonic() - started, 1), each=kills)
 
@@ -377,7 +377,7 @@ def main(argv=None):
         for name in (name for name in STEADY if name in chosen):
             memory.append(steady(name, place / f"{name}-steady"))
             publish("memory", memory[-1] | dict(machine=on))
-    show(rows, ("variant", "runs", "kills", *PHASES, "between_writes", "epochs_redone",
+    show(rows, ("variant", "runs", "kills", *PHASES, "between_writes",
                 "identical"))
     show(memory, ("variant", "early_bytes", "late_bytes", "early_files", "late_files",
                   "early_threads", "late_threads", "steady"))

@@ -1,9 +1,11 @@
 """EMA, evaluate, the schedule, seeds and checkpoint files, against closed forms and torch's own."""
 import copy
+import importlib
 import math
 import os
 from types import SimpleNamespace
 
+import mutants
 import numpy as np
 import pytest
 import torch
@@ -478,3 +480,10 @@ def test_the_memory_of_a_cgroup_is_honoured(tmp_path, files, own, expected):
     (tmp_path / "own").write_text(own)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert device.memory(tmp_path / "groups", tmp_path / "own") == (expected or whole)
+
+
+def test_every_target_of_the_mutants_is_there():
+    """`make mutants` takes long; that a name is gone is to be seen before."""
+    for file, names in mutants.TARGETS.items():
+        for name in names:
+            assert next(mutants.mutants(importlib.import_module(file), name))

@@ -279,7 +279,7 @@ def test_a_loss_on_test_that_is_not_finite_is_no_result(easy, tmp_path, capsys, 
 
     monkeypatch.setattr(common, "evaluate", evaluate)
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path),
-                 "the loss on the test images is inf", "--lr", code=3)
+                 "the loss on test is inf", "--lr", code=3)
     assert not (tmp_path / RUN / "final.json").exists()
 
 

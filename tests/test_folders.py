@@ -9,6 +9,7 @@ import tiny
 
 import common
 import distill
+import runs
 import train_student
 import train_teacher
 
@@ -179,13 +180,63 @@ def test_a_run_of_another_schema_is_refused(done, capsys):
     tiny.refused(capsys, train_student, [*words, "--resume"], folder, "99", "--overwrite")
 
 
-@pytest.mark.parametrize("state", [{"schema": 99}, {"history": []}, [1, 2]])
-def test_a_checkpoint_of_another_schema_is_refused(done, capsys, state):
+@pytest.mark.parametrize("change, said", [
+    (lambda state: {"schema": 99}, "schema 1"), (lambda state: {"history": []}, "schema 1"),
+    (lambda state: [1, 2], "schema 1"), (lambda state: {"schema": 1}, "networks"),
+    (lambda state: state | {"networks": {}}, "model"),
+    (lambda state: state | {"optimizer": {}}, "param_groups"),
+    (lambda state: state | {"best": {"x": 1}}, "does not fit"),
+    (lambda state: state | {"networks": {"model": {"features.0.weight": 1}}}, "does not fit")])
+def test_a_checkpoint_that_is_none_is_refused(done, capsys, change, said):
     words, folder, _ = done
     (folder / "final.json").unlink()
-    common.save_checkpoint(folder / "checkpoint.pt", state)
+    state = tiny.load(folder / "checkpoint.pt")
+    common.save_checkpoint(folder / "checkpoint.pt", change(state))
+    tiny.refused(capsys, train_student, [*words, "--resume"], folder / "checkpoint.pt", said,
+                 "--overwrite")
+
+
+@pytest.mark.parametrize("script, flags", [(train_student, ("--seed", 1)),
+                                           (train_student, ("--epochs", 5)), (train_teacher, ())])
+def test_a_checkpoint_of_another_run_is_refused(done, easy, tmp_path, capsys, script, flags):
+    """Of the same shapes it would be taken for this run's, and its figures published."""
+    words, folder, _ = done
+    tiny.run(script, easy, tmp_path / "other", "--run", "other", *flags)
+    (folder / "final.json").unlink()
+    other = tmp_path / "other" / "digits" / "other" / "checkpoint.pt"
+    (folder / "checkpoint.pt").write_bytes(other.read_bytes())
     tiny.refused(capsys, train_student, [*words, "--resume"], folder / "checkpoint.pt",
-                 "schema 1", "--overwrite")
+                 "settings", "--overwrite")
+
+
+@pytest.mark.parametrize("flags, said", [(("--alpha", 0.5), "alpha 0.5"),
+                                         (("--views", 1), "by another process")])
+def test_a_run_that_comes_and_goes_while_another_gets_ready_is_not_harmed(easy, results, capsys,
+                                                                          monkeypatch, flags, said):
+    """The second look at the folder is taken when nobody else can be there."""
+    folder, words = results / "digits" / "kd-s0", tiny.words(easy, results, "--views", 1)
+    report = distill.report_teacher
+
+    def meanwhile(*job):
+        monkeypatch.setattr(distill, "report_teacher", report)
+        tiny.run(distill, easy, results, *flags)
+        return report(*job)
+
+    monkeypatch.setattr(distill, "report_teacher", meanwhile)
+    tiny.refused(capsys, distill, words, folder, said)
+    assert not runs.altered(folder, ("best.pt", "checkpoint.pt", "config.json", "metrics.csv"))
+
+
+def test_going_on_with_other_versions_is_said_and_kept(done, capsys):
+    words, folder, _ = done
+    (folder / "final.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"] |= dict(torch="2.0.0", threads=7)
+    (folder / "config.json").write_text(json.dumps(config))
+    train_student.main([*words, "--resume"])
+    assert "note: begun with torch 2.0.0" in capsys.readouterr().out
+    (before,) = json.loads((folder / "config.json").read_text())["before"]
+    assert (before["torch"], before["threads"]) == ("2.0.0", 7)
 
 
 # ---- dry run ----------------------------------------------------------------------------------

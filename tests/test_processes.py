@@ -16,6 +16,7 @@ import torch
 import common
 import data
 import device
+import distill
 
 ROOT = Path(common.__file__).parent
 
@@ -60,6 +61,19 @@ def test_two_processes_learn_what_one_does(easy, tmp_path):
     assert out.count("epoch 1/3") == 1 and out.count("student, consistency") == 1   # one speaks
     config = json.loads((tmp_path / "digits" / "two" / "config.json").read_text())
     assert config["versions"]["processes"] == 2
+
+
+def test_two_processes_fill_the_teachers_outputs_together(easy, results, tmp_path):
+    """Each its share of the views; the file is that of one process, bit for bit."""
+    words = ("--views", 3, "--cache")
+    two = tiny.copy_teacher(results, tmp_path / "two")
+    tiny.run(distill, easy, results, *words, epochs=1)
+    child = start("distill.py", tiny.words(easy, two, *words, epochs=1))
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    assert out.count("cache  3 views of 120 images") == 1
+    (one,), (other,) = ((place / "digits" / ".teacher").glob("*") for place in (results, two))
+    assert one.name == other.name and one.read_bytes() == other.read_bytes()
 
 
 def test_batchnorm_keeps_the_first_ones_statistics_and_all_agree(easy, tmp_path):
@@ -114,18 +128,20 @@ def test_a_stop_reaches_both_and_leaves_neither(easy, tmp_path):
     assert tiny.load(folder / "checkpoint.pt")["history"]
 
 
-@pytest.mark.parametrize("labels, size, taught", [(None, 15, 15), (40, 16, 5)])
+@pytest.mark.parametrize("labels, size, said, give", [
+    (None, 15, "the 15 images", 14), (40, 16, "5 labelled and 11 unlabelled", 12)])
 def test_a_batch_that_cannot_be_shared_is_refused(easy, tmp_path, monkeypatch, capsys, labels,
-                                                  size, taught):
-    import distill
+                                                  size, said, give):
     import train_student
     monkeypatch.setattr(train_student, "world", lambda: 2)
     flags = ["--objective", "consistency"] if labels else []
     flags += ["--labels", labels] if labels else []
     tiny.refused(capsys, distill if labels else train_student,
                  tiny.words(easy, tmp_path, "--batch-size", size, *flags), f"--batch-size {size}",
-                 f"{taught} labelled", "2 processes")
+                 said, "2 processes", f"give {give}")
     assert not (tmp_path / "digits").exists()
+    tiny.run(distill if labels else train_student, easy, tmp_path, *flags, "--batch-size", give,
+             "--dry-run")       # what it proposes is taken
 
 
 def test_shares_of_a_batch_make_it_up(monkeypatch):

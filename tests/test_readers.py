@@ -1,6 +1,7 @@
 """The folder reader on images that the test writes: modes, sizes, links, and the arrays kept."""
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,30 @@ def test_a_changed_folder_is_noticed(folder, decoded, change):
     assert len(decoded) == {"added": 21, "removed": 19}.get(change, 20)
     assert (before.key == after.key) == (change in ("touched", "renamed"))
     assert kept(folder) != old and len(kept(folder)) == 1       # the old arrays are gone
+
+
+def test_labels_are_checked_however_large_the_arrays_are(folder, decoded, monkeypatch, capsys):
+    before = load(folder)
+    monkeypatch.setattr(readers, "CHECKED", 0)
+    load(folder)
+    assert len(decoded) == 20
+    path = next((folder / ".arrays").glob("*/test_labels.npy"))
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data)
+    again = load(folder)
+    assert "damaged" in capsys.readouterr().out and len(decoded) == 40
+    np.testing.assert_array_equal(before.test.labels, again.test.labels)
+
+
+def test_the_way_to_the_folder_does_not_matter(folder, decoded, monkeypatch):
+    load(folder)
+    count = len(decoded)
+    monkeypatch.chdir(folder.parent)
+    load(Path(folder.name))
+    moved = folder.rename(folder.with_name("moved"))
+    load(moved)
+    assert len(decoded) == count > 0
 
 
 def test_other_sizes_and_fits_have_arrays_of_their_own(folder, decoded):

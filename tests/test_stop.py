@@ -48,6 +48,16 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     assert len(tiny.metrics(folder)) == 400 > whole
 
 
+@pytest.mark.parametrize("gap", [0, 0.003, 0.05, 0.2])
+def test_an_impatient_second_ctrl_c_changes_nothing(easy, tmp_path, gap):
+    child = start(easy, tmp_path)
+    until((tmp_path / "digits" / "student-s0" / "checkpoint.pt").exists, child)
+    child.send_signal(signal.SIGINT)
+    time.sleep(gap)
+    code, lines = stop(child, signal.SIGINT)
+    assert code == 130 and len(lines) == 1 and "--resume" in lines[0], lines
+
+
 def test_who_reads_the_lines_may_leave(easy, tmp_path):
     """As `train_student.py | head -1` does: no traceback, no line about a file."""
     child = start(easy, tmp_path)
