@@ -351,7 +351,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         if name == "model" and world() == 1:        # of several processes each has seen a part
             runs.write_outputs(folder / "test.npz", torch.cat(logits).cpu(), test.labels.cpu())
     average = networks.get("ema")
-    if average is not None and args.norm == "batch":    # averaged statistics are not its own
+    if average is not None and args.norm == "batch":    # averaged weights have others
         with autocast(train.device, args.precision):
             torch.optim.swa_utils.update_bn(train.epoch(args.epochs), average)
         device.share_buffers_(average)

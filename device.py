@@ -241,6 +241,11 @@ def peak_memory():
     """Return the most bytes held so far: a GPU's memory if there is one, else the process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():     # 0: it lies idle
         return torch.cuda.max_memory_allocated()
+    return peak_resident()
+
+
+def peak_resident():
+    """Return the most bytes of the machine's memory that this process held so far."""
     with contextlib.suppress(OSError, IndexError):      # Linux, whose ru_maxrss a child inherits
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
