@@ -134,7 +134,7 @@ def make_optimizer(model, args):
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    options = dict(lr=args.lr, weight_decay=args.weight_decay)
+    options = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)      # in one pass
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](groups, **options)

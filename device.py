@@ -1,4 +1,6 @@
-"""Where a run computes: device, precision, processes, memory. No command of its own."""
+"""Where a run computes: device, precision, processes, memory; a kernel faster than PyTorch's. No
+command of its own.
+"""
 import contextlib
 import copy
 import ctypes
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
 from flags import again, fail, say
 
@@ -120,6 +123,31 @@ def tell_time(batches, total):
             seconds = (time.perf_counter() - started) / 20 * total
             say(f"about {seconds / 60:.0f} min" if seconds > 90 else f"about {seconds:.0f} s")
         yield batch
+
+
+# ---- a kernel ---------------------------------------------------------------------------------
+
+class Averages(torch.autograd.Function):
+    """2×2 averages with stride 2. Each one's gradient goes to its four pixels in one copy; PyTorch
+    itself adds it up pixel by pixel, which takes a seventh of a small network's step on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.odd = 0, x.shape[3] % 2, 0, x.shape[2] % 2      # a last odd row is in no average
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = (gradient / 4).contiguous(memory_format=torch.channels_last)
+        gradient = F.interpolate(gradient, scale_factor=2)
+        return F.pad(gradient, ctx.odd) if any(ctx.odd) else gradient
+
+
+class AvgPool2d(torch.nn.AvgPool2d):
+    """torch.nn.AvgPool2d(2), with a faster gradient."""
+
+    def forward(self, x):
+        return Averages.apply(x)
 
 
 # ---- several processes ------------------------------------------------------------------------

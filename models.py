@@ -100,7 +100,7 @@ INITS = {
     "xavier": lambda gain, fan_in, fan_out: gain * (2 / (fan_in + fan_out)) ** 0.5,
     "xavier-gain1": lambda gain, fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5,
 }
-POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+POOLS = {"max": nn.MaxPool2d, "avg": device.AvgPool2d}
 NORMS = {"none": None, "batch": nn.BatchNorm2d}
 CHOICES = {"arch": ARCHITECTURES, "init": INITS, "pool": POOLS, "activation": ACTIVATIONS,
            "norm": NORMS}

@@ -88,6 +88,13 @@ def network(recipe, role="student", layout=torch.channels_last):
     return net.to(device(), memory_format=layout)
 
 
+def plain_pools(model):
+    """Put PyTorch's own average pools into a network in place of ours."""
+    for name, layer in model.features.named_children():
+        if isinstance(layer, torch.nn.AvgPool2d):
+            setattr(model.features, name, torch.nn.AvgPool2d(2))
+
+
 # ---- yardsticks -------------------------------------------------------------------------------
 
 def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
@@ -99,6 +106,7 @@ def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
     loader = torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=workers,
                                          drop_last=True)
     model = network(recipe, layout=torch.contiguous_format).train()
+    plain_pools(model)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     seen, started = 0, None
     for x, y in loader:
@@ -125,12 +133,14 @@ def report_loop(folder, recipe, teacher=None, workers=0, seconds=12.0):
 
 
 def bare_step(recipe, size=128, compiled=False, layout=torch.channels_last, kind=None,
-              role="student"):
+              role="student", pools=None, fused=True):
     """Images per second of forward, loss, backward, step on one batch that is already in place."""
     model = network(recipe, role, layout).train()
+    if pools:
+        pools(model)
     if compiled:
         model.compile(dynamic=False)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
     x = torch.randn(size, 3, 32, 32).to(device(), memory_format=layout)
     y = torch.randint(10, (size,)).to(device())
 
@@ -368,7 +378,13 @@ def bench_parts(folder, results):
 
     fused, loop = best_in_turn(lambda: timed(lambda: common.ema_update_(average, model, 0.99), 1),
                                lambda: timed(one_by_one, 1))
+    theirs, looped, step = best_in_turn(
+        lambda: bare_step(LARGE, pools=plain_pools), lambda: bare_step(SMALL, fused=False),
+        lambda: bare_step(SMALL))
     return [row("bare step, channels last / plain layout, both float32", last / plain, None),
+            row(f"bare step, average pools with our gradient / PyTorch's ({LARGE})", low / theirs,
+                None),
+            row(f"bare step, AdamW fused / not ({SMALL})", step / looped, None),
             row(f"bare step, {precision()} / float32, both channels last", low / last, None),
             row("batches alone, one gather / DataLoader with transforms, best of 0 and 2 workers",
                 batches / max(loader, two), None, ours=batches, workers_0=loader, workers_2=two),

@@ -207,8 +207,8 @@ def house(stocked, tmp_path, monkeypatch):
     build = models.build
     monkeypatch.setattr(models, "build", lambda arch, *rest, **more: build(
         "mlp" if sys._getframe(1).f_code.co_name == "init" else arch, *rest, **more))
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(
-        b"") if hasattr(file, "write") else Path(file).write_bytes(b""))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Image.new("RGB", (1, 1)).save(
+        file, "PNG"))
     monkeypatch.setattr(report, "draw_comparison", lambda rows, runs, path, *_: path.touch())
     monkeypatch.setattr(report, "draw_details", lambda panels, path: path.touch())
     yield ["made", "best.pt", *(path.name for path in house.iterdir()), house, house / "best.pt",

@@ -263,3 +263,19 @@ def test_what_cannot_be_built_is_refused_by_name(options, parts, capsys):
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (8, 7), (5, 3), (2, 2)])
+def test_the_average_pool_is_torchs_bit_for_bit(size, kind, layout):
+    x = torch.randn(3, 5, *size).to(kind).contiguous(memory_format=layout)
+    upwards = torch.randn(3, 5, *(side // 2 for side in size)).to(kind)
+    found = []
+    for pool in (models.POOLS["avg"](2), torch.nn.AvgPool2d(2)):
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        out = pool(leaf)
+        out.backward(upwards)
+        found.append((out, leaf.grad))
+    (ours, slope), (theirs, right) = found
+    assert torch.equal(ours, theirs) and torch.equal(slope, right) and slope.dtype == kind

@@ -338,6 +338,8 @@ def test_the_test_split_chooses_nothing(noise, tmp_path):
     fickle(noise, tmp_path / "a", epochs=4)
     fickle(other, tmp_path / "b", epochs=4)
     a, b = (tiny.outcome(tmp_path / x / "digits" / "student-s0") for x in "ab")
+    for one in (a, b):      # a hash of all data, the test images among them
+        assert one["best"].pop("settings") == one["state"].pop("settings")
     assert tiny.same([a["best"], a["metrics"], a["state"]], [b["best"], b["metrics"], b["state"]])
     differs = {key for key in a["final"] if a["final"][key] != b["final"][key]}
     assert "test_loss" in differs and differs <= {"test_loss", "test_accuracy",
