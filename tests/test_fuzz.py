@@ -19,6 +19,7 @@ import pytest
 import tiny
 from fake_runs import SIX, make_six
 from matplotlib.figure import Figure
+from PIL import Image
 
 import calc
 import common
