@@ -566,8 +566,8 @@ def one_epoch(folder, width, most_steps, held=False):
 
 BENCHES = dict(student=bench_student, kd=bench_kd, ema=bench_ema, start=bench_start,
                validation=bench_validation, compile=bench_compile,
-               parts=bench_parts, processes=bench_processes,
-               precision=bench_precision, scale=bench_scale, memory=bench_memory)
+               parts=bench_parts, processes=bench_processes, scale=bench_scale,
+               memory=bench_memory, precision=bench_precision)
 
 
 def subset(source, target):
