@@ -112,7 +112,7 @@ stats: $(READY)  ## the chain for every seed of SEEDS
 	  $(MAKE) --no-print-directory all RECIPE=$(RECIPE) SEED=$$seed || exit; done
 
 # One script over a grid: make sweep-alpha SEEDS="0 1 2". Teachers are trained where they are needed.
-SWEEP = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
+SWEEPER = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
 GRID  = --recipe $(RECIPE) --results-dir $(FOLDER) $(call typed,DATASET,dataset) \
         $(call typed,DATA_DIR,data-dir) $(FLAGS)
 
@@ -121,30 +121,30 @@ teachers: $(READY)  ## the teacher of every seed of SEEDS
 	  $(MAKE) --no-print-directory teacher RECIPE=$(RECIPE) SEED=$$seed || exit; done
 
 sweep-alpha: $(READY) teachers  ## weight of the teacher
-	$(SWEEP) --over alpha=0,0.1,0.3,0.5,0.7,0.9,1 -- distill.py --objective kd $(GRID) $(KEPT)
+	$(SWEEPER) --over alpha=0,0.1,0.3,0.5,0.7,0.9,1 -- distill.py --objective kd $(GRID) $(KEPT)
 
 sweep-temperature: $(READY) teachers  ## of both sides
-	$(SWEEP) --over temperature=1,2,4,8,16 -- distill.py --objective kd $(GRID) $(KEPT)
+	$(SWEEPER) --over temperature=1,2,4,8,16 -- distill.py --objective kd $(GRID) $(KEPT)
 
 sweep-epochs: $(READY)  ## of the teacher, and what its student makes of it
-	$(SWEEP) --name epochs-teacher --over epochs=$(LENGTHS) -- train_teacher.py $(GRID)
-	$(SWEEP) --name epochs-student --over $(call quote,teacher=$(call each,$(LENGTHS))) \
+	$(SWEEPER) --name epochs-teacher --over epochs=$(LENGTHS) -- train_teacher.py $(GRID)
+	$(SWEEPER) --name epochs-student --over $(call quote,teacher=$(call each,$(LENGTHS))) \
 	  -- distill.py --objective kd $(GRID)
 
 sweep-ema: $(READY)  ## decay of the mean teacher
-	$(SWEEP) --over ema-decay=0,0.9,0.97,0.99 -- distill.py --objective consistency $(GRID)
+	$(SWEEPER) --over ema-decay=0,0.9,0.97,0.99 -- distill.py --objective consistency $(GRID)
 
 sweep-labels: $(READY)  ## labels alone, and mean teacher with the rest unlabelled
-	$(SWEEP) --name labels-student --over labels=$(COUNTS) -- train_student.py $(GRID)
-	$(SWEEP) --name labels-mean-teacher --over labels=$(COUNTS) \
+	$(SWEEPER) --name labels-student --over labels=$(COUNTS) -- train_student.py $(GRID)
+	$(SWEEPER) --name labels-mean-teacher --over labels=$(COUNTS) \
 	  -- distill.py --objective consistency $(GRID)
 
 sweep-views: $(READY) teachers  ## how many views an image has; 0: a fresh one each epoch
-	$(SWEEP) --name views-student --over views=0,1,2,4,8 -- train_student.py $(GRID)
-	$(SWEEP) --name views-kd --over views=0,1,2,4,8 -- distill.py --objective kd $(GRID)
+	$(SWEEPER) --name views-student --over views=0,1,2,4,8 -- train_student.py $(GRID)
+	$(SWEEPER) --name views-kd --over views=0,1,2,4,8 -- distill.py --objective kd $(GRID)
 
 sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
-	$(SWEEP) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
+	$(SWEEPER) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
 
 bench: dev  ## the speed table, on CIFAR-10 as class folders
 	$(PYTHON) tests/bench.py --data-dir $(call quote,$(or $(value DATA_DIR),data/cifar10))

@@ -5,6 +5,7 @@
 A training script hands fit() a model, batches, and loss_fn(model, batch) -> (loss, logits); the
 rest is here. Recipes: recipes.py; flags: flags.py; run folders: runs.py; device: device.py.
 """
+from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say  # noqa: I001
 import contextlib
 import copy
 import io
@@ -21,7 +22,6 @@ from tqdm import tqdm
 import device
 import runs
 from device import autocast, pick_device, rank, silent, summed, tell_time, world  # noqa: F401
-from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say
 
 # ---- seeds ------------------------------------------------------------------------------------
 

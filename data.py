@@ -9,6 +9,7 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
+from flags import SIDES, a_path, fail, launch, number, parse, plain  # noqa: I001
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,6 @@ import plots
 import readers
 from common import generator, seed_for
 from device import guard, near, rank, world
-from flags import SIDES, a_path, fail, launch, number, parse, plain
 
 
 class Split(NamedTuple):

@@ -45,13 +45,13 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cpu" and native() else "fp32"
 
 
-def around(groups, own):
-    """Return the folders of this process's cgroup (version 2) and of those that it lies in: a limit
-    of any of them holds."""
+def around(groups, own, controller=""):
+    """Return the folders of this process's cgroup and of those that it lies in: a limit of any of
+    them holds. controller: of version 1; none for version 2."""
     with contextlib.suppress(OSError, IndexError):
-        path = Path(*Path(own).read_text().split("0::/", 1)[1].splitlines()[:1])
-        return [Path(groups, group) for group in (path, *path.parents)]
-    return []
+        path = Path(*Path(own).read_text().split(f":{controller}:/", 1)[1].splitlines()[:1])
+        return [Path(groups, controller, group) for group in (path, *path.parents)]
+    return [Path(groups, controller)] if controller else []
 
 
 def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
@@ -248,7 +248,7 @@ def guard(args):
 
 def memory(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     """Return the bytes of memory that this process may fill: the machine's, or its group's."""
-    limits = [Path(groups, "memory", "memory.limit_in_bytes"),          # version 1
+    limits = [*(group / "memory.limit_in_bytes" for group in around(groups, own, "memory")),
               *(group / "memory.max" for group in around(groups, own))]
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in limits:

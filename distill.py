@@ -10,6 +10,7 @@
 
 The same seed sees the same batches and starts from the same student as train_student.py.
 """
+import flags  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
 import contextlib
 import hashlib
 import json
@@ -27,7 +28,6 @@ from tqdm import tqdm
 import common
 import data
 import download
-import flags
 import models
 import runs
 from device import guard, rank, silent, wait, world

@@ -57,6 +57,19 @@ def stopped(error, where, way_on):
     fail(f"{where}stopped; {way_on}", 143 if isinstance(error, Terminated) else 130)
 
 
+def answer_early(main):
+    """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
+    launch() takes over. main: the module that was started. Elsewhere this does nothing."""
+    file = getattr(main, "__file__", None)
+    if (file and Path(file).resolve().parent == Path(__file__).resolve().parent
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        def leave(*_):
+            os.write(2, b"error: stopped; nothing was begun, start it again\n")
+            os._exit(130)
+
+        signal.signal(signal.SIGINT, leave)
+
+
 def launch(main):
     """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
     def stop(number, _):
@@ -283,3 +296,6 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
         parser.error(f"argument --arch: unknown network {args.arch!r} "
                      f"(choose from {', '.join(choices['arch'])})")
     return args
+
+
+answer_early(sys.modules["__main__"])

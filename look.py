@@ -9,6 +9,7 @@
 The page is one file: test images with prediction and truth, first-layer filters, the most confident
 mistakes, saliency maps, what each class wants to see, and two networks on the same images.
 """
+from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words  # noqa: I001
 import html
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ import decode
 import models
 from compare import against, log_softmax
 from device import guard, pick_precision
-from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words
 from render import frame, section, tile
 from runs import read_json, short, write_whole
 

@@ -5,6 +5,7 @@ The arrays are kept on disk, and mapped into memory at the next start.
 """
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import download
 import runs
 from decode import decoding, read_image
-from device import refuse_beyond_memory, threads
+from device import memory, refuse_beyond_memory, threads
 from flags import fail, plain, say
 
 
@@ -312,6 +313,9 @@ def mapped(folder):
             return None
     except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
         return None
+    for array in arrays.values():
+        if array.nbytes > memory() / 2:     # else each image would bring 128 kB of its neighbours
+            array._mmap.madvise(mmap.MADV_RANDOM)
     return (arrays, facts) if known else None
 
 

@@ -7,6 +7,7 @@
     python report.py readme                     # fill the README's tables from published/
     python report.py readme --check             # exit code 1 if the README is stale
 """
+from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words  # noqa: I001
 
 import json
 import re
@@ -26,7 +27,6 @@ from compare import (
     make_rows,
     read_runs,
 )
-from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words
 from plots import MOST_BYTES, draw_comparison, draw_details
 from runs import SUMS, plain_name, write_whole
 

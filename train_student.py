@@ -5,6 +5,7 @@
     python train_student.py --recipe cifar10-he-max --dataset folder --data-dir data/cifar10
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
+import flags  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
 import os
 import platform
 import textwrap
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 
 import common
 import data
-import flags
 import models
 import plots
 import runs

@@ -3,8 +3,8 @@
     python train_teacher.py                                       the embedded digits, in a minute
     python train_teacher.py --recipe cifar10-he-max --dataset folder --data-dir data/cifar10
 """
+from flags import launch  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
 import train_student
-from flags import launch
 
 
 def main(argv=None):

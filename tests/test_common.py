@@ -472,7 +472,9 @@ def test_no_more_threads_than_processors(monkeypatch):
 @pytest.mark.parametrize("files, own, expected", [
     ({}, "", None), ({"memory.max": "max\n"}, "0::/\n", None),
     ({"a/memory.max": "5000\n", "a/b/memory.max": "max\n"}, "0::/a/b\n", 5000),
-    ({"memory/memory.limit_in_bytes": "7000\n"}, "4:memory:/\n", 7000)])
+    ({"memory/memory.limit_in_bytes": "7000\n"}, "4:memory:/\n", 7000),
+    ({"memory/memory.limit_in_bytes": "7000\n", "memory/a/b/memory.limit_in_bytes": "600\n"},
+     "5:cpuset:/\n4:memory:/a/b\n3:cpu:/\n", 600)])
 def test_the_memory_of_a_cgroup_is_honoured(tmp_path, files, own, expected):
     for name, text in files.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)

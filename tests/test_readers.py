@@ -1,7 +1,9 @@
 """The folder reader on images that the test writes: modes, sizes, links, and the arrays kept."""
+import mmap
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +216,27 @@ def test_a_changed_folder_is_noticed(folder, decoded, change):
     assert len(decoded) == {"added": 21, "removed": 19}.get(change, 20)
     assert (before.key == after.key) == (change in ("touched", "renamed"))
     assert kept(folder) != old and len(kept(folder)) == 1       # the old arrays are gone
+
+
+def test_arrays_larger_than_the_memory_are_read_without_their_neighbours(folder, monkeypatch):
+    before, asked = load(folder), []
+
+    class Spy(np.memmap):
+        @property
+        def _mmap(self):
+            return SimpleNamespace(madvise=asked.append)
+
+        @_mmap.setter
+        def _mmap(self, _):
+            pass
+
+    monkeypatch.setattr(np, "load", lambda path, mmap_mode, whole=np.load: whole(
+        path, mmap_mode=mmap_mode).view(Spy))
+    load(folder)
+    assert not asked
+    monkeypatch.setattr(readers, "memory", lambda: before.train.images.nbytes)
+    load(folder)
+    assert set(asked) == {mmap.MADV_RANDOM}
 
 
 def test_labels_are_checked_however_large_the_arrays_are(folder, decoded, monkeypatch, capsys):

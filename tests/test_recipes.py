@@ -88,6 +88,12 @@ def test_a_folder_of_any_name_reaches_the_scripts(target):
     assert target == "report" or name in found[0][found[0].index("--data-dir"):]
 
 
+def test_what_make_publishes():
+    assert commands("publish", "RECIPE=digits")[0] == [
+        "report.py", "publish", "--recipe", "digits", "--results-dir", "results"]
+    assert commands("publish", "SWEEP=alpha")[0][-2:] == ["--sweep", "alpha"]
+
+
 def test_make_knows_the_recipes_and_no_other():
     makefile = (tiny.ROOT / "Makefile").read_text()
     names = dict(re.findall(r"^(\w+) += (.*)$", makefile, re.M))

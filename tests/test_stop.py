@@ -48,6 +48,14 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     assert len(tiny.metrics(folder)) == 400 > whole
 
 
+@pytest.mark.parametrize("after", [0.3, 0.8, 1.5])
+def test_ctrl_c_while_pytorch_loads(easy, tmp_path, after):
+    child = start(easy, tmp_path)
+    time.sleep(after)
+    code, lines = stop(child, signal.SIGINT)
+    assert code == 130 and len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
 @pytest.mark.parametrize("gap", [0, 0.003, 0.05, 0.2])
 def test_an_impatient_second_ctrl_c_changes_nothing(easy, tmp_path, gap):
     child = start(easy, tmp_path)
