@@ -56,7 +56,7 @@ TARGETS = {
         "schedule": tests("common", "onecycle", "the_other_schedules"),
         "make_optimizer": tests("common", "optimizer", "sgd"),
         "train_epoch": EPOCH, "score": EPOCH},
-    "runs": {"chance": tests("common", "chance"), "best_epoch": tests("training", "best_epoch")},
+    "runs": {"chance": tests("common", "chance"), "best_epoch": tests("common", "best_epoch")},
     "device": dict.fromkeys(("summed", "share_buffers_"), tests("processes", "a_sum")),
     "data": {"keep_labels": LABELS, **dict.fromkeys((
         "LABELLED_SHARE", "Batches.__init__", "Batches.__iter__", "Batches.order", "Batches.epoch",

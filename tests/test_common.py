@@ -487,5 +487,8 @@ def test_the_memory_of_a_cgroup_is_honoured(tmp_path, files, own, expected):
 def test_every_target_of_the_mutants_is_there():
     """`make mutants` takes long; that a name is gone is to be seen before."""
     for file, names in mutants.TARGETS.items():
-        for name in names:
+        for name, starts in names.items():
             assert next(mutants.mutants(importlib.import_module(file), name))
+            for start in starts:
+                where, _, test = start.partition("::")
+                assert f"def {test}" in (mutants.HERE / where).read_text("utf-8"), start
