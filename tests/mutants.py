@@ -72,6 +72,10 @@ TARGETS = {
 }
 # Mutants that compute the same: no test can tell. "function: before -> after": why.
 EQUIVALENT = {
+    "Batches.epoch: enumerate(zip(order.to(place), order, strict=True)) -> "
+    "enumerate(zip(order.to(place), order))": (TWICE := "both are the same rows"),
+    "Batches.epoch: enumerate(zip(order.to(place), order, strict=True)) -> "
+    "enumerate(zip(order.to(place), order, strict=False))": TWICE,
     "kd_objective: [1] -> [0]": (LIST := "only how long this list is counts, not what it holds"),
     "kd_objective: [1] -> [2]": LIST,
     "consistency_objective: [1] -> [0]": LIST,
