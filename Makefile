@@ -19,9 +19,9 @@ SEEDS     ?= 0 1 2 3 4
 
 # A folder may be called anything: quotes and dollars are not the shell's, nor make's.
 quote   = '$(subst ','\'',$(1))'
-typed   = $(if $(value $(1)),--$(2) $(call quote,$(value $(1))))
+typed   = $(if $(value $(1)),--$(2)=$(call quote,$(value $(1))))
 FOLDER  = $(call quote,$(value RESULTS))
-SHARED  = --recipe $(RECIPE) --results-dir $(FOLDER) --seed $(SEED) --resume \
+SHARED  = --recipe $(RECIPE) --results-dir=$(FOLDER) --seed $(SEED) --resume \
           $(call typed,DATASET,dataset) $(call typed,DATA_DIR,data-dir) \
           $(call typed,EPOCHS,epochs) $(call typed,BATCH_SIZE,batch-size) \
           $(call typed,LABELS,labels) $(call typed,VIEWS,views) \
@@ -99,13 +99,13 @@ mean-teacher-no-ema: $(READY)  ## the student consistent with itself
 	$(PYTHON) distill.py --objective consistency --ema-decay 0 $(SHARED)
 
 report: $(READY)  ## table and picture of what is finished
-	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir $(FOLDER)
+	@$(PYTHON) report.py --recipe $(RECIPE) --results-dir=$(FOLDER)
 
 html: $(READY)  ## results/report.html: all of it in one file
-	$(PYTHON) report.py html --results-dir $(FOLDER)
+	$(PYTHON) report.py html --results-dir=$(FOLDER)
 
 publish: $(READY)  ## small files of a RECIPE, or of a SWEEP, to published
-	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir $(FOLDER) $(call typed,SWEEP,sweep)
+	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir=$(FOLDER) $(call typed,SWEEP,sweep)
 
 stats: $(READY)  ## the chain for every seed of SEEDS
 	@for seed in $(SEEDS); do \
@@ -113,7 +113,7 @@ stats: $(READY)  ## the chain for every seed of SEEDS
 
 # One script over a grid: make sweep-alpha SEEDS="0 1 2". Teachers are trained where they are needed.
 SWEEPER = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
-GRID  = --recipe $(RECIPE) --results-dir $(FOLDER) $(call typed,DATASET,dataset) \
+GRID  = --recipe $(RECIPE) --results-dir=$(FOLDER) $(call typed,DATASET,dataset) \
         $(call typed,DATA_DIR,data-dir) $(FLAGS)
 
 teachers: $(READY)  ## the teacher of every seed of SEEDS
@@ -147,7 +147,7 @@ sweep-mlp: $(READY)  ## hidden layers × nodes of report 000, read both ways
 	$(SWEEPER) --name mlp --over arch=$(MLPS) -- train_student.py $(GRID)
 
 bench: dev  ## the speed table, on CIFAR-10 as class folders
-	$(PYTHON) tests/bench.py --data-dir $(call quote,$(or $(value DATA_DIR),data/cifar10))
+	$(PYTHON) tests/bench.py --data-dir=$(call quote,$(or $(value DATA_DIR),data/cifar10))
 	$(PYTHON) report.py readme
 
 claims: $(READY)  ## the reports' claims against what is published

@@ -1,10 +1,12 @@
-"""What a best.pt from elsewhere says, looked at before anything is built from it: such a file is
+"""What a best.pt or a checkpoint.pt says, looked at before anything is made of it: such a file is
 untrusted. No command of its own.
 """
 import math
 import reprlib
 
 import torch
+
+from runs import METRICS, SCHEMA
 
 
 def absurd(card, choices):
@@ -52,4 +54,47 @@ def unfit(weights, wanted):
                     f"{tuple(value.shape)}, not {tuple(wanted[name].shape)})")
         if not value.isfinite().all():
             return f"{name} holds values that are not finite"
+    return None
+
+
+def unsound(state, settings, networks, optimizer, epochs):
+    """Return what is wrong with a checkpoint for the run that is to go on from it, or None.
+
+    settings: the run's hash, which a run of before there was one lacks; networks: name -> module;
+    epochs: how many the run is to have.
+    """
+    if not isinstance(state, dict) or type(state.get("schema")) is not int or (
+            state["schema"] != SCHEMA):
+        return f"not of this version of the scripts (schema {SCHEMA})"
+    if state.get("settings", settings) != settings:
+        return "of a run with other settings than those in its config.json"
+    history = state.get("history")
+    if not isinstance(history, list) or not 1 <= len(history) <= epochs:
+        return f"has no history of 1 to {epochs} epochs"
+    for number, row in enumerate(history, 1):
+        if not isinstance(row, dict) or set(row) != set(METRICS) or row["epoch"] != number:
+            return f"has no row of metrics for epoch {number}"
+        for key, value in row.items():
+            known = history[0][key] is not None or not ("val_" in key and value is None)
+            if known and not (type(value) in (int, float) and math.isfinite(value)):
+                return f"says {reprlib.repr(value)} of {key} in epoch {number}"
+    for what in ("networks", "best"):
+        for name, network in networks.items():
+            kept = state.get(what)
+            wrong = (unfit(kept[name], network.state_dict())
+                     if isinstance(kept, dict) and name in kept else f"no weights of {name}")
+            if wrong:
+                return f"has under {what} {wrong}"
+    kept = state.get("optimizer")
+    kept = kept.get("state") if isinstance(kept, dict) else None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(kept, dict) or not kept or not set(kept) <= set(range(len(parameters))):
+        return "has no state of this optimizer"
+    names = {"SGD": {"momentum_buffer"}}.get(type(optimizer).__name__,
+                                             {"step", "exp_avg", "exp_avg_sq"})
+    for i, found in kept.items():
+        wanted = {name: torch.zeros(()) if name == "step" else parameters[i] for name in names}
+        wrong = unfit(found, wanted)
+        if wrong:
+            return f"has for the optimizer {wrong}"
     return None

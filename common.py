@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import cards
 import device
 import runs
 from device import autocast, pick_device, rank, silent, summed, tell_time, world  # noqa: F401
@@ -226,7 +227,8 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     optimizer = make_optimizer(model, args)
     limit = runs.chance((val if len(val) else test).labels.cpu())
     networks = {"model": model} | ({} if average is None else {"ema": average})
-    history, best = restore(folder, card, networks, optimizer) if args.resume else ([], {})
+    history, best = restore(folder, card, networks, optimizer, args.epochs) if (
+        args.resume) else ([], {})
     if history and rank() == 0:
         save_best(folder, card, history, best)
     steps, first = train.steps(), len(history) + 1
@@ -315,26 +317,22 @@ def save_epoch(folder, card, history, best, networks, optimizer):
         best=best, optimizer=optimizer.state_dict()))
 
 
-def restore(folder, card, networks, optimizer):
+def restore(folder, card, networks, optimizer, epochs):
     """Load the last finished epoch, if there is one; return its history and the best weights."""
-    again = "put the right one there, or add --overwrite"
     if not (path := folder / "checkpoint.pt").exists():
         return [], {}
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or state.get("schema") != runs.SCHEMA:
-        fail(f"{path}: not of this version of the scripts (schema {runs.SCHEMA}); {again}")
-    try:
-        if state.get("settings", card["settings"]) != card["settings"]:
-            raise ValueError("its settings are not those of config.json")
-        best = state.get("best") or load_checkpoint(folder / "best.pt")     # an older run's
-        for name, network in networks.items():
-            network.load_state_dict(state["networks"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        history, best = state["history"], {name: dict(best[name]) for name in networks}
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        fail(f"{path}: does not fit this run ({' '.join(str(error).split())[:200]}); {again}")
-    say(f"going on after epoch {len(history)}")
-    return history, best
+    if isinstance(state, dict) and "best" not in state:         # an older run's
+        state["best"] = load_checkpoint(folder / "best.pt")
+    wrong = cards.unsound(state, card["settings"], networks, optimizer, epochs)
+    if wrong:
+        fail(f"{path}: {wrong}; put the right one there, or add --overwrite to start again")
+    for name, network in networks.items():
+        network.load_state_dict(state["networks"][name])
+    groups = optimizer.state_dict()["param_groups"]             # the flags', not the file's
+    optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
+    say(f"going on after epoch {len(state['history'])}")
+    return state["history"], {name: dict(state["best"][name]) for name in networks}
 
 
 def score(args, folder, networks, best, history, splits, facts, limit):

@@ -30,7 +30,7 @@ import data
 import download
 import models
 import runs
-from device import guard, rank, silent, wait, world
+from device import guard, processor, rank, share, silent, summed, wait
 from train_student import CHOICES, announce, detail, prepare, run
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -184,15 +184,15 @@ def kept_outputs(teacher, card, job, stream):
         teacher=job.config["teacher_sha256"], build=card["build"], mean=card["mean"],
         std=card["std"], data=job.splits.key, pixels=(job.splits.mean, job.splits.std),
         images=len(train), augment=args.augment, views=(args.views, views), seed=args.seed,
-        stream=stream, batch=train.step_size, device=args.device, precision=args.precision,
-        threads=torch.get_num_threads(), torch=torch.__version__,
-        code=hashlib.sha256(code).hexdigest())
+        stream=stream, batch=train.step_size, device=processor(job.device),
+        deterministic=args.deterministic, precision=args.precision, torch=torch.__version__,
+        threads=torch.get_num_threads(), code=hashlib.sha256(code).hexdigest())
     shape = views, len(train), len(card["classes"])
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     # Of two runs at once one computes; of one run's processes each its share of the views.
     with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
         wait()
-        if not whole_cache(folder, key):
+        if not summed(torch.tensor(int(rank() == 0 and whole_cache(folder, key) is not None))):
             fill(folder, key, shape, teacher, train, stream, args.precision)
         path = whole_cache(folder, key)
     table = data.tensor(np.load(path, mmap_mode="r"))
@@ -223,7 +223,7 @@ def fill(folder, key, shape, teacher, train, stream, precision):
         np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
         runs.reserve(aside)
     wait()
-    table, mine = np.lib.format.open_memmap(aside, "r+"), range(rank(), views, world())
+    table, mine = np.lib.format.open_memmap(aside, "r+"), share(views)
     with tqdm(total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
               leave=False, disable=silent()) as bar:
         for view in mine:

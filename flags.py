@@ -63,11 +63,12 @@ def answer_early(main):
     file = getattr(main, "__file__", None)
     if (file and Path(file).resolve().parent == Path(__file__).resolve().parent
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-        def leave(*_):
+        def leave(number, _):
             os.write(2, b"error: stopped; nothing was begun, start it again\n")
-            os._exit(130)
+            os._exit(128 + number)
 
         signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGTERM, leave)
 
 
 def launch(main):

@@ -348,9 +348,10 @@ def bench_parts(folder, results):
     """What each part gains, by itself."""
     from torchvision import datasets, transforms
 
-    plain, last, low = best_in_turn(
+    plain, last, low, theirs = best_in_turn(
         lambda: bare_step(LARGE, layout=torch.contiguous_format, kind="fp32"),
-        lambda: bare_step(LARGE, kind="fp32"), lambda: bare_step(LARGE))
+        lambda: bare_step(LARGE, kind="fp32"), lambda: bare_step(LARGE),
+        lambda: bare_step(LARGE, pools=plain_pools))
     images = datasets.ImageFolder(folder / "train", transforms.Compose(
         [transforms.RandomCrop(32, 4, padding_mode="reflect"), transforms.RandomHorizontalFlip(),
          transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]))
@@ -378,9 +379,7 @@ def bench_parts(folder, results):
 
     fused, loop = best_in_turn(lambda: timed(lambda: common.ema_update_(average, model, 0.99), 1),
                                lambda: timed(one_by_one, 1))
-    theirs, looped, step = best_in_turn(
-        lambda: bare_step(LARGE, pools=plain_pools), lambda: bare_step(SMALL, fused=False),
-        lambda: bare_step(SMALL))
+    looped, step = best_in_turn(lambda: bare_step(SMALL, fused=False), lambda: bare_step(SMALL))
     return [row("bare step, channels last / plain layout, both float32", last / plain, None),
             row(f"bare step, average pools with our gradient / PyTorch's ({LARGE})", low / theirs,
                 None),

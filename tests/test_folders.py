@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 import common
 import distill
@@ -180,20 +181,43 @@ def test_a_run_of_another_schema_is_refused(done, capsys):
     tiny.refused(capsys, train_student, [*words, "--resume"], folder, "99", "--overwrite")
 
 
+def first(state, **changes):
+    return state | dict(history=[state["history"][0] | changes])
+
+
+def adam(state, **changes):
+    kept = state["optimizer"]["state"]
+    return state | dict(optimizer=dict(state=kept | {0: kept[0] | changes}))
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda state: {"schema": 99}, "schema 1"), (lambda state: {"history": []}, "schema 1"),
-    (lambda state: [1, 2], "schema 1"), (lambda state: {"schema": 1}, "networks"),
+    (lambda state: [1, 2], "schema 1"), (lambda state: {"schema": torch.tensor(1)}, "schema 1"),
+    (lambda state: {"schema": 1}, "history"), (lambda state: state | {"history": "abc"}, "history"),
+    (lambda state: state | {"history": 9 * state["history"]}, "1 to 1 epochs"),
+    (lambda state: state | {"history": [3]}, "epoch 1"), (lambda state: first(state, epoch=7), "1"),
+    (lambda state: first(state, more=7), "epoch 1"),
+    (lambda state: first(state, val_accuracy=float("nan")), "val_accuracy"),
+    (lambda state: first(state, images_per_second="a"), "images_per_second"),
+    (lambda state: first(state, seconds=None), "seconds"),
     (lambda state: state | {"networks": {}}, "model"),
-    (lambda state: state | {"optimizer": {}}, "param_groups"),
-    (lambda state: state | {"best": {"x": 1}}, "does not fit"),
-    (lambda state: state | {"networks": {"model": {"features.0.weight": 1}}}, "does not fit")])
+    (lambda state: state | {"networks": {"model": {"features.0.weight": 1}}}, "do not fit"),
+    (lambda state: state | {"best": {"x": 1}}, "best"),
+    (lambda state: state | {"best": {"model": state["best"]["model"] | {"features.0.bias": 1}}},
+     "features.0.bias"),
+    (lambda state: state | {"optimizer": {}}, "optimizer"),
+    (lambda state: state | {"optimizer": {"state": {}}}, "optimizer"),
+    (lambda state: adam(state, exp_avg=torch.zeros(3)), "exp_avg"),
+    (lambda state: adam(state, exp_avg_sq=None), "exp_avg_sq")])
 def test_a_checkpoint_that_is_none_is_refused(done, capsys, change, said):
     words, folder, _ = done
     (folder / "final.json").unlink()
     state = tiny.load(folder / "checkpoint.pt")
     common.save_checkpoint(folder / "checkpoint.pt", change(state))
+    before = (folder / "best.pt").read_bytes()
     tiny.refused(capsys, train_student, [*words, "--resume"], folder / "checkpoint.pt", said,
                  "--overwrite")
+    assert (folder / "best.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("script, flags", [(train_student, ("--seed", 1)),

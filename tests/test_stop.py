@@ -48,12 +48,13 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     assert len(tiny.metrics(folder)) == 400 > whole
 
 
-@pytest.mark.parametrize("after", [0.3, 0.8, 1.5])
-def test_ctrl_c_while_pytorch_loads(easy, tmp_path, after):
+@pytest.mark.parametrize("after, sent, expected", [
+    (0.3, signal.SIGINT, 130), (0.8, signal.SIGTERM, 143), (1.5, signal.SIGINT, 130)])
+def test_a_stop_while_pytorch_loads(easy, tmp_path, after, sent, expected):
     child = start(easy, tmp_path)
     time.sleep(after)
-    code, lines = stop(child, signal.SIGINT)
-    assert code == 130 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    code, lines = stop(child, sent)
+    assert code == expected and len(lines) == 1 and lines[0].startswith("error: "), lines
 
 
 @pytest.mark.parametrize("gap", [0, 0.003, 0.05, 0.2])
