@@ -60,7 +60,8 @@ TARGETS = {
     "device": dict.fromkeys(("summed", "share_buffers_"), tests("processes", "a_sum")),
     "data": {"keep_labels": LABELS, **dict.fromkeys((
         "LABELLED_SHARE", "Batches.__init__", "Batches.__iter__", "Batches.labelled_of",
-        "Batches.order", "Batches.epoch", "Batches.draw", "Batches.look", "disturb", "mirror"), BATCHES)},
+        "Batches.order", "Batches.epoch", "Batches.draw", "Batches.look", "disturb", "mirror"),
+        BATCHES)},
     "models": {
         "INITS": START, "initialise_": START,
         "count_macs": tests("models", "multiply_adds_against", "counting_multiply_adds")},
