@@ -290,6 +290,11 @@ def key_of(arrays):
     return digest.hexdigest()
 
 
+def labels_key(arrays):
+    """Return the same of its labels alone, which are small enough to be looked at every time."""
+    return key_of({name: array for name, array in arrays.items() if "labels" in name})
+
+
 def sum_of(facts):
     """Return the SHA-256 of what is known of the arrays, their key included."""
     told = {key: value for key, value in facts.items() if key != "sum"}
@@ -305,10 +310,9 @@ def mapped(folder):
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
         known = facts.get("version") == CACHE_VERSION
-        labels = {name: array for name, array in arrays.items() if "labels" in name}
         small = sum(array.nbytes for array in arrays.values()) <= CHECKED
         if (facts.get("sum", sum_of(facts)) != sum_of(facts)
-                or facts.get("labels", key_of(labels)) != key_of(labels)
+                or facts.get("labels", labels_key(arrays)) != labels_key(arrays)
                 or small and key_of(arrays) != facts["key"]):
             return None
     except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
@@ -365,8 +369,7 @@ def kept(folder, arrays, facts):
         if facts.get("skipped"):
             lines = "".join(f"{plain(line)}\n" for line in facts["skipped"])
             (aside / "skipped.txt").write_text(lines, encoding="utf-8")
-        told = facts | {"labels": key_of({name: array for name, array in arrays.items()
-                                          if "labels" in name})}
+        told = facts | {"labels": labels_key(arrays)}
         runs.write_whole(aside / "meta.json", json.dumps(told | {"sum": sum_of(told)}).encode())
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
         # nor those that a process was writing when it was killed.
