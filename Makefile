@@ -44,7 +44,12 @@ CHAIN_cifar10-1000-labels      = student mean-teacher
 
 # Values of the sweeps.
 LENGTHS = 1,2,4,8,16
-COUNTS  = 50,100,500,1000,all
+COUNTS  = 200,500,1000,2000,all
+# An epoch of few labels is few steps: of the digits as many epochs as make about 840 of them.
+PAIRED  = labels+epochs=200+844,500+281,1000+120,2000+56,all+12
+COUNTED = $(if $(filter digits/file,$(RECIPE)/$(origin COUNTS)),$(PAIRED),labels=$(COUNTS))
+# An average over 1000 steps only where there are as many.
+DECAYS  = 0,0.9,0.97,0.99$(if $(filter digits,$(RECIPE)),,$(comma)0.999)
 MLPS    = mlp-13x3,mlp-3x13,mlp-13x2,mlp-2x13,mlp-13x4,mlp-4x13,mlp-12x3,mlp-3x12,mlp-14x3,mlp-3x14
 comma  := ,
 SWEPT   = $(value RESULTS)/sweeps/epochs-teacher/$(RECIPE)
@@ -132,12 +137,12 @@ sweep-epochs: $(READY)  ## of the teacher, and what its student makes of it
 	  -- distill.py --objective kd $(GRID)
 
 sweep-ema: $(READY)  ## decay of the mean teacher
-	$(SWEEPER) --over ema-decay=0,0.9,0.97,0.99 -- distill.py --objective consistency $(GRID)
+	$(SWEEPER) --over ema-decay=$(DECAYS) -- distill.py --objective consistency $(GRID)
 
 sweep-labels: $(READY)  ## labels alone, and mean teacher with the rest unlabelled
-	$(SWEEPER) --name labels-student --over labels=$(COUNTS) -- train_student.py $(GRID)
+	$(SWEEPER) --name labels-student --over $(COUNTED) -- train_student.py $(GRID)
 	$(SWEEPER) --name labels-mean-teacher --over labels=$(COUNTS) \
-	  -- distill.py --objective consistency $(GRID)
+	  -- distill.py --objective consistency --class-weight 0.1 $(GRID)
 
 sweep-views: $(READY) teachers  ## how many views an image has; 0: a fresh one each epoch
 	$(SWEEPER) --name views-student --over views=0,1,2,4,8 -- train_student.py $(GRID)

@@ -275,7 +275,7 @@ def parse(command, argv):
         own, *script = grid.split(argv) if argv != ["--help"] else (argv,)
         parser.add_argument("--over", action="append", type=grid.over, required=True,
                             metavar="FLAG=A,B,…", help="a flag of the script and its values; may "
-                                                       "stand more than once")
+                            "stand more than once; flags that go together: F+G=A+X,B+Y")
         parser.add_argument("--seeds", type=grid.whole_numbers, default=[0], help="0,1,2 (0)")
         parser.add_argument("--name", help="of the folder <results>/sweeps/NAME")
         args = parser.parse_args(own)

@@ -167,11 +167,25 @@ def plain_name(flag, name):
     return name
 
 
-def open_run(args, config, name):
+def hold(folder, how=fcntl.LOCK_EX):
+    """Return a file descriptor that keeps other processes out of a run's folder until it is closed,
+    or until this process ends, however it does; leave with one line where another has it."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{folder}: another process is training here; wait for it, or give --run NAME")
+    except OSError as error:
+        fail(f"{folder}: cannot be read ({error.strerror}); give another --results-dir")
+    return lock
+
+
+def open_run(args, config, name, held=False):
     """Return (folder, final): final is the dict of a finished run that is the one asked for.
 
     Nothing is made yet. A finished run that differs, an unfinished one without --resume or
-    --overwrite, or a resumed one with other settings ends with one line naming what differs.
+    --overwrite, or a resumed one with other settings ends with one line naming what differs; so
+    does one where another process trains, unless this one has the folder (held).
     """
     name = plain_name("--run", name if args.run is None else args.run)
     folder = Path(args.results_dir) / args.recipe / name
@@ -179,6 +193,8 @@ def open_run(args, config, name):
         return folder, None
     if not folder.is_dir():
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
+    if not held:        # shared: all processes of one run look at the same time
+        os.close(hold(folder, fcntl.LOCK_SH))
     ways = "add --overwrite (make: OVERWRITE=1) to run it again, or --run NAME to keep both"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
@@ -223,17 +239,13 @@ def places_before(folder, config):
 
 
 def begin_run(args, folder, config):
-    """Make the run's folder with its config.json; with --overwrite, the old files go first.
-
-    Returns a file descriptor that keeps other processes out of the folder until it is closed, or
-    until this process ends, however it does.
-    """
+    """Make the run's folder with its config.json; with --overwrite, the old files go first. Return
+    what holds the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = hold(folder)
         # Alone here from now on; but another run may have come and gone since the first look.
-        if open_run(args, config, folder.name)[1] is not None:
+        if open_run(args, config, folder.name, held=True)[1] is not None:
             fail(f"{folder}: finished by another process just now; the same command says with what")
         if args.overwrite or not (folder / "checkpoint.pt").exists():
             for file in RUN_FILES:
@@ -241,8 +253,6 @@ def begin_run(args, folder, config):
         else:
             config = config | dict(before=places_before(folder, config))
         write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
-    except BlockingIOError:
-        fail(f"{folder}: another process is training here; wait for it, or give --run NAME")
     except OSError as error:
         fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
     return lock

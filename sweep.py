@@ -28,14 +28,24 @@ FIGURES = {"val_accuracy": "validation", "test_accuracy": "test",
 
 
 def over(text):
-    """argparse type of --over: "alpha=0.1,0.5" -> ("alpha", ["0.1", "0.5"])."""
+    """argparse type of --over: "alpha=0.1,0.5" -> ("alpha", ["0.1", "0.5"]). Flags that go together
+    are joined by +: "labels+epochs=500+281,all+12"."""
     name, _, values = text.partition("=")
     name, values = name.strip().lstrip("-"), [value.strip() for value in values.split(",")]
-    if not re.fullmatch(r"[a-z][a-z-]*", name) or not all(values):
+    if not re.fullmatch(r"[a-z][a-z-]*(\+[a-z][a-z-]*)*", name) or not all(values):
         raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE,VALUE,…: alpha=0.1,0.5, say")
+    uneven = [value for value in values if "+" in name and value.count("+") != name.count("+")]
+    if uneven:
+        raise argparse.ArgumentTypeError(f"{text!r}: {uneven[0]!r} is not a value each of {name}")
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
     return name, values
+
+
+def single(names, values):
+    """Return flag -> value, of one setting; what is joined by +, apart."""
+    return {flag: one for name, value in zip(names, values, strict=True) for flag, one in zip(
+        name.split("+"), value.split("+") if "+" in name else [value], strict=True)}
 
 
 def whole_numbers(text):
@@ -86,8 +96,8 @@ def sweep(args, script, words):
     found, done, started = {}, 0, time.perf_counter()
     for seed in args.seeds:
         for values in grid:
-            chosen = {key: value.replace("{seed}", str(seed))
-                      for key, value in zip(names, values, strict=True)}
+            chosen = {flag: value.replace("{seed}", str(seed))
+                      for flag, value in single(names, values).items()}
             run = ",".join(f"{k}={Path(v).parent.name if '/' in v else v}"
                            for k, v in chosen.items()) + f"-s{seed}"
             line = [*words, "--seed", seed, "--results-dir", folder, "--run", run, "--resume"]
@@ -103,7 +113,7 @@ def sweep(args, script, words):
             found.setdefault(values, {})[seed] = main([str(word) for word in line])
     if any("learned" not in final for finals in found.values() for final in finals.values()):
         return {"rows": [], "best": None, "folder": str(folder)}        # a dry run
-    rows = [summary(names, values, finals) for values, finals in found.items()]
+    rows = [summary(names, values, finals, found[grid[0]]) for values, finals in found.items()]
     known = [row for row in rows if row["val_accuracy"] is not None]
     best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,14 +126,18 @@ def sweep(args, script, words):
     return {"rows": rows, "best": best, "folder": str(folder)}
 
 
-def summary(names, values, finals):
-    """One row: the settings, seeds, and each figure as (mean, low, high): its 95 % interval."""
+def summary(names, values, finals, first):
+    """One row: the settings, seeds, and each figure as (mean, low, high): its 95 % interval; and
+    how far its test accuracy is above the first row's, seed by seed."""
     row = dict(zip(names, values, strict=True)) | dict(
         seeds=list(finals), learned=all(final["learned"] for final in finals.values()),
         parameters=next(iter(finals.values()))["parameters"])
     for figure in FIGURES:
         known = [final[figure] for final in finals.values()]
         row[figure] = None if None in known else compare.interval(known)
+    above = [final["test_accuracy"] - first[seed]["test_accuracy"]
+             for seed, final in finals.items()]
+    row["above_first"] = None if finals is first else compare.interval(above)
     return row
 
 
@@ -140,22 +154,31 @@ def write_csv(path, names, found):
     runs.write_whole(path, text.getvalue().encode())
 
 
-def percent(figure):
+def title(value):
+    """Return a value as a table shows it: of a teacher's file its run."""
+    return Path(value).parent.name.removesuffix("-s{seed}") if "/" in value else value
+
+
+def percent(figure, sign=""):
     if figure is None:
         return "-"
     centre, low, _ = figure
-    return f"{100 * centre:.2f}" + ("" if low is None else f" ± {100 * (centre - low):.2f}")
+    return f"{100 * centre:{sign}.2f}" + ("" if low is None else f" ± {100 * (centre - low):.2f}")
 
 
 def table(names, rows, best):
     """The rows as Markdown; the best by validation is marked."""
-    header = [*names, "n", "parameters", *(f"{title} %" for title in FIGURES.values()), ""]
+    shown = [figure for figure in FIGURES if any(row[figure] for row in rows)]
+    header = [*names, "n", "parameters", *(f"{FIGURES[figure]} %" for figure in shown),
+              "test above the first row's", ""]
     lines = []
     for row in rows:
         mark = "best by validation" if row is best else "" if row["learned"] else "learned nothing"
-        lines.append([*(row[name] for name in names), str(len(row["seeds"])),
-                      str(row["parameters"]), *(percent(row[figure]) for figure in FIGURES), mark])
-    note = "Mean over n seeds ± half of the 95 % interval (Student's t)."
+        lines.append([*(title(row[name]) for name in names), str(len(row["seeds"])),
+                      f"{row['parameters']:,}", *(percent(row[figure]) for figure in shown),
+                      percent(row["above_first"], "+"), mark])
+    note = ("Mean over n seeds ± half of the 95 % interval (Student's t). Above the first row's: "
+            "points, paired by seed; where the interval holds 0, the runs cannot tell.")
     return f"{pipes(header, lines)}\n\n{note}\n"
 
 
@@ -172,7 +195,7 @@ def about(folder, script, words):
     return f"\n{told}\n"
 
 
-def draw(path, names, grids, rows, title):
+def draw(path, names, grids, rows, heading):
     """Test accuracy over the first setting, a line for each value of the others, with intervals.
     Evenly spaced: the values may be words, or go by powers."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -196,8 +219,7 @@ def draw(path, names, grids, rows, title):
             axes.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=label,
                           linestyle=OTHER_LINES[number % len(OTHER_LINES)] if others else "-",
                           markerfacecolor=colour if filled else "white")
-    shown = [Path(v).parent.name.removesuffix("-s{seed}") if "/" in v else v for v in places]
-    axes.set_xticks(range(len(places)), shown)
+    axes.set_xticks(range(len(places)), map(title, places))
     axes.set_xlabel(names[0], fontsize=TEXT)
     axes.set_ylabel("test accuracy (%), best validation epoch", fontsize=TEXT)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
@@ -208,5 +230,5 @@ def draw(path, names, grids, rows, title):
         axes.legend(frameon=False, fontsize=TEXT - 1)
     seeds = max(len(row["seeds"]) for row in rows)
     note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
-    axes.set_title(f"{plain(title)}\n{note}", fontsize=TEXT, parse_math=False)
+    axes.set_title(f"{plain(heading)}\n{note}", fontsize=TEXT, parse_math=False)
     save(figure, path)

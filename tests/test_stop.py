@@ -128,8 +128,8 @@ def test_a_second_run_into_a_folder_is_refused(easy, tmp_path, capsys):
     folder = tmp_path / "digits" / "student-s0"
     child = start(easy, tmp_path)
     until((folder / "checkpoint.pt").exists, child)
-    for flag in ("--resume", "--overwrite"):
-        tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, flag, epochs=400), folder,
+    for flags in ([], ["--resume"], ["--overwrite"], ["--resume", "--lr", 0.5]):
+        tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, *flags, epochs=400), folder,
                      "another process", "--run NAME")
     assert child.poll() is None and (folder / "checkpoint.pt").exists()
     child.kill()            # what a dead process held is free

@@ -25,6 +25,7 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
     capsys.readouterr()
     grid = ("--over", "alpha=0,0.9", "--over", "temperature=1,4", "--seeds", "0,1")
     found = sweep(easy, results, *grid)
+    first, *others = found["rows"]
     folder = results / "sweeps" / "distill-alpha-temperature"
     with open(folder / "sweep.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -38,6 +39,13 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
         config = runs.read_json(config / "config.json")
         assert (config["alpha"], config["temperature"], config["seed"]) == (
             float(row["alpha"]), float(row["temperature"]), 1)
+    tests = {(line["alpha"], line["temperature"], line["seed"]): float(line["test_accuracy"])
+             for line in lines}
+    assert first["above_first"] is None
+    for row in others:
+        above = [tests[row["alpha"], row["temperature"], seed] - tests["0", "1", seed]
+                 for seed in "01"]
+        assert row["above_first"] == compare.interval(above)
     assert found["best"]["val_accuracy"][0] == max(r["val_accuracy"][0] for r in found["rows"])
     text = (folder / "sweep.md").read_text()
     assert text.count("best by validation") == 1 and (folder / "sweep.png").stat().st_size > 5000
@@ -45,6 +53,18 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
     assert said.count("epoch 1/2") == 8
     sweep(easy, results, *grid[:-1], "0,1,2"[:3])
     assert capsys.readouterr().out.count("finished already, kept") == 8
+
+
+def test_flags_that_go_together(easy, tmp_path):
+    found = sweep(easy, tmp_path, "--over", "labels+batch-size=20+4,all+8",
+                  "--over", "lr=1e-3,1e-2", script="train_student.py")
+    runs_made = sorted((tmp_path / "sweeps/train_student-labels+batch-size-lr/digits").iterdir())
+    configs = [runs.read_json(run / "config.json") for run in runs_made]
+    assert [run.name for run in runs_made] == [
+        f"labels={n},batch-size={b},lr={lr}-s0" for n, b in (("20", 4), ("all", 8))
+        for lr in ("1e-2", "1e-3")]
+    assert [(c["labels"], c["batch_size"]) for c in configs] == [(20, 4)] * 2 + [(None, 8)] * 2
+    assert [row["labels+batch-size"] for row in found["rows"]] == ["20+4"] * 2 + ["all+8"] * 2
 
 
 def test_a_teacher_for_each_seed(easy, tmp_path):
@@ -60,7 +80,8 @@ def test_a_teacher_for_each_seed(easy, tmp_path):
 
 @pytest.mark.parametrize("own, parts", [
     (["--over", "alpha"], ["'alpha'", "alpha=0.1,0.5"]),
-    (["--over", "alpha=1,1"], ["twice"]),
+    (["--over", "alpha=1,1"], ["twice"]), (["--over", "alpha+lr=1+1,1"], ["'1'", "alpha+lr"]),
+    (["--over", "alpha+=1+1"], ["'alpha+=1+1'"]),
     (["--over", "alpha=1", "--seeds", "0,0"], ["'0,0'", "0,1,2"]),
     (["--over", "alpha=1", "--seeds", "x"], ["'x'"]), ([], ["--over"])])
 def test_wrong_input(easy, tmp_path, capsys, own, parts):
