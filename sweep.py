@@ -131,7 +131,8 @@ def summary(names, values, finals, first):
     how far its test accuracy is above the first row's, seed by seed."""
     row = dict(zip(names, values, strict=True)) | dict(
         seeds=list(finals), learned=all(final["learned"] for final in finals.values()),
-        parameters=next(iter(finals.values()))["parameters"])
+        parameters=next(iter(finals.values()))["parameters"],
+        tests=[final["test_accuracy"] for final in finals.values()])
     for figure in FIGURES:
         known = [final[figure] for final in finals.values()]
         row[figure] = None if None in known else compare.interval(known)
@@ -210,15 +211,21 @@ def draw(path, names, grids, rows, heading):
                      if row[figure_name] is not None]
             if not shown:
                 continue
-            x = [place + 0.06 * (number - (len(lines) - 1) / 2) for place, _ in shown]
+            side = number - (len(lines) - 1) / 2 + (0 if filled else 0.7)      # bars side by side
+            x = [place + 0.08 * side for place, _ in shown]
             y = [100 * mid for _, (mid, _, _) in shown]
             half = [0 if low is None else 100 * (mid - low) for _, (mid, low, _) in shown]
             label = ", ".join(f"{n} {v}" for n, v in zip(names[1:], others, strict=True))
             label = f"{label or 'test'}{'' if filled else ', average'}"
             colour = OTHER_COLOURS[number % len(OTHER_COLOURS)] if others else "#0072B2"
             axes.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=label,
-                          linestyle=OTHER_LINES[number % len(OTHER_LINES)] if others else "-",
+                          linestyle=OTHER_LINES[number % len(OTHER_LINES)] if others else
+                          "-" if filled else "--",
                           markerfacecolor=colour if filled else "white")
+    # Pairs, behind: where all seeds rise together, the setting does it.
+    for seed in range(max(len(row["tests"]) for row in rows)) if len(lines) == 1 else ():
+        axes.plot(list(places.values()), [100 * row["tests"][seed] for row in rows],
+                  color="#B0B0B0", linewidth=0.8, zorder=0, label="_")
     axes.set_xticks(range(len(places)), map(title, places))
     axes.set_xlabel(names[0], fontsize=TEXT)
     axes.set_ylabel("test accuracy (%), best validation epoch", fontsize=TEXT)
@@ -229,6 +236,7 @@ def draw(path, names, grids, rows, heading):
     if len(labels) > 1:
         axes.legend(frameon=False, fontsize=TEXT - 1)
     seeds = max(len(row["seeds"]) for row in rows)
-    note = f"bars: 95 % interval of {seeds} seeds" if seeds > 1 else "one seed: no interval"
+    note = (f"bars: 95 % interval of {seeds} seeds" + "; grey: each seed" * (len(lines) == 1)
+            if seeds > 1 else "one seed: no interval")
     axes.set_title(f"{plain(heading)}\n{note}", fontsize=TEXT, parse_math=False)
     save(figure, path)
