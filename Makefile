@@ -21,12 +21,13 @@ SEEDS     ?= 0 1 2 3 4
 quote   = '$(subst ','\'',$(1))'
 typed   = $(if $(value $(1)),--$(2)=$(call quote,$(value $(1))))
 FOLDER  = $(call quote,$(value RESULTS))
-SHARED  = --recipe $(RECIPE) --results-dir=$(FOLDER) --seed $(SEED) --resume \
+GRID    = --recipe $(RECIPE) --results-dir=$(FOLDER) \
           $(call typed,DATASET,dataset) $(call typed,DATA_DIR,data-dir) \
           $(call typed,EPOCHS,epochs) $(call typed,BATCH_SIZE,batch-size) \
           $(call typed,LABELS,labels) $(call typed,VIEWS,views) \
           $(call typed,DEVICE,device) $(call typed,PRECISION,precision) \
           $(if $(filter-out 0,$(OVERWRITE)),--overwrite) $(FLAGS)
+SHARED  = $(GRID) --seed $(SEED) --resume
 KEPT    = $(if $(filter-out 0,$(CACHE)),--cache)
 READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
@@ -48,8 +49,9 @@ COUNTS  = 200,500,1000,2000,all
 # An epoch of few labels is few steps: of the digits as many epochs as make about 840 of them.
 PAIRED  = labels+epochs=200+844,500+281,1000+120,2000+56,all+12
 COUNTED = $(if $(filter digits/file,$(RECIPE)/$(origin COUNTS)),$(PAIRED),labels=$(COUNTS))
-# An average over 1000 steps only where there are as many.
-DECAYS  = 0,0.9,0.97,0.99$(if $(filter digits,$(RECIPE)),,$(comma)0.999)
+# A decay is reached where (1 + t) / (10 + t) is: 0.97 at update 290, 0.99 at 890, 0.999 at 8990,
+# later than any recipe here ends.
+DECAYS  = 0,0.9,0.97,0.99
 MLPS    = mlp-13x3,mlp-3x13,mlp-13x2,mlp-2x13,mlp-13x4,mlp-4x13,mlp-12x3,mlp-3x12,mlp-14x3,mlp-3x14
 comma  := ,
 SWEPT   = $(value RESULTS)/sweeps/epochs-teacher/$(RECIPE)
@@ -118,8 +120,6 @@ stats: $(READY)  ## the chain for every seed of SEEDS
 
 # One script over a grid: make sweep-alpha SEEDS="0 1 2". Teachers are trained where they are needed.
 SWEEPER = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
-GRID  = --recipe $(RECIPE) --results-dir=$(FOLDER) $(call typed,DATASET,dataset) \
-        $(call typed,DATA_DIR,data-dir) $(FLAGS)
 
 teachers: $(READY)  ## the teacher of every seed of SEEDS
 	@for seed in $(SEEDS); do \

@@ -340,14 +340,15 @@ def score(args, folder, networks, best, history, splits, facts, limit):
     started, (train, val, test) = time.perf_counter(), splits
     first = {name: runs.best_epoch(history, name) for name in networks}
     known = {name: history[first[name] - 1][runs.VALIDATED[name] + "_accuracy"] for name in first}
-    last, tested = {}, {"ema": {}, "recomputed": {}}
+    last, tested, kept = {}, {"ema": {}, "recomputed": {}}, {}
     for name, network in networks.items():
         tested[name] = last[name] = evaluate(network, test, args.precision, logits := [])
         if first[name] < len(history):
             network.load_state_dict(best[name])
             tested[name] = evaluate(network, test, args.precision, logits := [])
-        if name == "model" and world() == 1:        # of several processes each has seen a part
-            runs.write_outputs(folder / "test.npz", torch.cat(logits).cpu(), test.labels.cpu())
+        kept[name] = torch.cat(logits).cpu()
+    if world() == 1:        # of several processes each has seen a part
+        runs.write_outputs(folder / "test.npz", kept, test.labels.cpu())
     average = networks.get("ema")
     if average is not None and args.norm == "batch":    # averaged weights have others
         with autocast(train.device, args.precision):
@@ -382,7 +383,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
             shown += f", {title} {100 * tested[name]['accuracy']:.2f} % (epoch {first['ema']})"
     say(f"{shown}, {seconds:.0f} s")
     if not final["learned"]:
-        say("warning: this network learned nothing; the report will draw no conclusion from it")
+        say("warning: this network learned nothing; no report draws a conclusion from it")
     return final
 
 

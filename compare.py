@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail, plain
-from runs import METRICS, SCHEMA, altered
+from runs import FACTS, FREE, METRICS, SCHEMA, altered
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -151,12 +151,24 @@ def make_rows(groups):
                 rows[key] = {
                     "key": key, "label": label(key), "prefix": prefix, "seeds": list(runs),
                     "runs": [run["name"] for run in runs.values()],
-                    "learned": all(final["learned"] for final in finals),
+                    "learned": all(final["learned"] for final in finals), "mixed": mixed(runs),
+                    "silent": [seed for seed, run in runs.items() if not run["final"]["learned"]],
                     **{name: _figure([final[name] for final in finals])
                        for name in ("parameters", "macs", "epochs", "seconds")},
                     **{name: _figure([final.get(prefix + name) for final in finals])
                        for name in ("val_accuracy", "test_accuracy", "last_test_accuracy")}}
     return rows
+
+
+def mixed(runs):
+    """Return the settings in which the seeds of one row differ: setting -> {value: run names}. Such
+    runs are not one thing measured several times."""
+    owners = {}
+    for run in runs.values():
+        for key, value in run["config"].items():
+            if key not in FREE | FACTS | {"seed"} and not key.endswith("_sha256"):
+                owners.setdefault(key, {}).setdefault(json.dumps(value), []).append(run["name"])
+    return {key: values for key, values in owners.items() if len(values) > 1}
 
 
 def _figure(values):
@@ -172,8 +184,8 @@ def add_beside(rows, folder):
     pooled, teachers = {}, {}
     for key, row in rows.items():
         row["beside"] = {}
-        found = [read_outputs(folder / name) for name in row["runs"]]
-        if row["prefix"] or None in found:      # kept for the network, not for its average
+        found = [read_outputs(folder / name, row["prefix"]) for name in row["runs"]]
+        if None in found:
             continue
         if key == "teacher":
             teachers = dict(zip(row["seeds"], found, strict=True))
@@ -192,11 +204,14 @@ def add_beside(rows, folder):
     return pooled
 
 
-def read_outputs(folder):
-    """Return (logits, labels) on the test split, or None where the run kept none."""
+def read_outputs(folder, prefix=""):
+    """Return (logits, labels) on the test split, or None where the run kept none; prefix: as in
+    AVERAGES."""
     try:
         with np.load(folder / "test.npz") as file:
-            return file["logits"], file["labels"]
+            if prefix and f"{prefix}logits" not in file:
+                return None
+            return file[f"{prefix}logits"], file["labels"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -241,16 +256,16 @@ def compare(rows):
     for title, (a, b, question) in COMPARISONS.items():
         if a in rows and b in rows and ((a, b) == ("student", "teacher") or (
                 rows[a]["parameters"]["mean"] == rows[b]["parameters"]["mean"])):
-            learned = rows[a]["learned"] and rows[b]["learned"]
             found.append({"title": title, "question": question, "a": a, "b": b,
-                          "best": _difference(rows[a], rows[b], "test_accuracy", learned),
-                          "last": _difference(rows[a], rows[b], "last_test_accuracy", learned)})
+                          "best": _difference(rows[a], rows[b], "test_accuracy"),
+                          "last": _difference(rows[a], rows[b], "last_test_accuracy")})
     return found
 
 
-def _difference(a, b, name, learned):
+def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
     seeds = [seed for seed in ours if seed in theirs]
+    learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
     if not seeds:
         return {**entry, "verdict": "no shared seed"}
@@ -272,19 +287,25 @@ def add_gaps(rows):
     for key in ("teacher", "student"):
         if key not in rows:
             return f"the {label(key)} is missing"
-        if not rows[key]["learned"]:
+        if len(rows[key]["silent"]) == len(rows[key]["seeds"]):
             return f"the {label(key)} did not learn"
     teacher, alone = (by_seed(rows[key], "test_accuracy") for key in ("teacher", "student"))
+    silent = {*rows["teacher"]["silent"], *rows["student"]["silent"]}
     if mean(teacher.values()) <= mean(alone.values()):
         return "the teacher is not above the student alone"
     for row in rows.values():
         own = by_seed(row, "test_accuracy")
         seeds = [seed for seed in own if seed in alone]
+        if silent & set(seeds) or row["mixed"]:
+            continue
         taught = [seed for seed in seeds if seed in teacher] or list(teacher)
         if seeds and row["learned"]:
             base = mean(alone[seed] for seed in seeds)
             whole = mean(teacher[seed] for seed in taught) - base
             row["gap"] = (mean(own[seed] for seed in seeds) - base) / whole if whole > 0 else None
+    if silent and all(row["gap"] is None for row in rows.values()):
+        doubtful = [label(key) for key in ("teacher", "student") if rows[key]["silent"]]
+        return f"the {' and the '.join(doubtful)} did not learn"
     return None
 
 

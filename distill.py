@@ -2,8 +2,7 @@
 
     python distill.py                                  kd: teacher and labels (Hinton et al. 2015)
     python distill.py --objective kd-only              the teacher alone, no label is read
-    python distill.py --objective consistency          mean teacher: two views, the teacher is the
-                                                       student's EMA (Tarvainen & Valpola 2017)
+    python distill.py --objective consistency          mean teacher (Tarvainen & Valpola 2017)
     python distill.py --objective consistency --ema-decay 0       the teacher is the student itself
     python distill.py --teacher ema                    kd from the student's own average
     python distill.py --teacher results/digits/teacher-s1/best.pt --temperature 2 --alpha 0.5

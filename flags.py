@@ -4,8 +4,10 @@ torch, so that it loads at once. Their defaults are in recipes.py.
 import argparse
 import math
 import os
+import re
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 from tqdm import tqdm
@@ -107,15 +109,39 @@ def words(argv):
     if hasattr(sys.stdout, "reconfigure"):      # a path that is no text must not stop a script
         sys.stdout.reconfigure(errors="backslashreplace")
     if argv is None:
-        argv = [] if "ipykernel" in Path(sys.argv[0]).name else sys.argv[1:]
+        argv = [] if in_kernel() else sys.argv[1:]
     return [str(word) for word in argv]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line on an error, no abbreviations, and the docstring as it stands."""
+def in_kernel():
+    """Return whether sys.argv is that of a notebook's kernel: ipykernel_launcher.py, on Colab
+    colab_kernel_launcher.py, or ipykernel/__main__.py. After %run it is the script's own."""
+    return any(word in sys.argv[0] for word in ("ipykernel", "kernel_launcher"))
 
-    def __init__(self, usage="%(prog)s [--flag value ...]", **options):
-        super().__init__(allow_abbrev=False, usage=usage,
+
+def narrow(doc, width=80):
+    """Return a docstring in lines of at most 80 columns: paragraphs filled, what commands do under
+    them where it does not fit beside them, a long command broken as a shell reads it."""
+    lines = []
+    for block in (doc or "").strip().split("\n\n"):
+        if not block.startswith("    "):
+            lines += [*textwrap.wrap(" ".join(block.split()), width), ""]
+            continue
+        fits = all(len(line) <= width for line in block.splitlines())
+        for line in block.splitlines():
+            command, *told = re.split(r"\s{2,}(?:# )?", line.strip(), maxsplit=1)
+            broken = textwrap.wrap(command, width - 10, break_on_hyphens=False)
+            lines += [line] if fits else ["    " + " \\\n        ".join(broken),
+                                          *(f"        {text}" for text in told)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line on an error, no abbreviations, and the docstring line by line."""
+
+    def __init__(self, usage="%(prog)s [--flag value ...]", description=None, **options):
+        super().__init__(allow_abbrev=False, usage=usage, description=narrow(description),
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -125,7 +151,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        fail(f"{message}; see {self.prog} --help")
+        fail(f"{message}; see " + ("main(['--help'])" if in_kernel() else f"{self.prog} --help"))
 
 
 def number(kind, low, high, low_open=False, high_open=False, also=None):

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -63,7 +65,7 @@ def draw_curves(history_rows, path, title="", chance=None):
                           linewidth=1.8, **_dots(epochs))
         _epoch_axis(axes)
     # The training loss is the run's own objective, which need not be on the same scale.
-    _plain(loss_axes, "loss (validation: cross-entropy)")
+    _plain(loss_axes, "loss (validation: cross-entropy;\ntraining: this run's own, another scale)")
     _percent_axis(accuracy_axes, "accuracy (%)", chance)
     handles, labels = accuracy_axes.get_legend_handles_labels()
     if handles:
@@ -113,26 +115,40 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     save(figure, path)
 
 
-def draw_details(panels, path):
+def draw_details(panels, path, title="", classes=None):
     """Write a PNG: reliability diagram and confusion matrix of each network.
 
-    panels: title -> (bins of compare.calibration, counts of compare.confusion).
+    panels: title -> (bins of compare.calibration, counts of compare.confusion); classes: names.
     """
-    figure = Figure(figsize=(2.9 * len(panels) + 0.6, 6), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(panels) + 0.6, 6.8), layout="constrained")
+    figure.suptitle(title, fontsize=TEXT + 2)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, (title, (bins, counts)) in enumerate(panels.items()):
         top, low = axes[:, column]
         sure, share, rows = zip(*bins, strict=True)
         top.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1.2)
         top.plot(sure, share, color="#0072B2", linewidth=1.2)
-        top.scatter(sure, share, [12 + 160 * n / sum(rows) for n in rows], color="#0072B2")
+        top.scatter(sure, share, [12 + 160 * n / sum(rows) for n in rows], color="#0072B2",
+                    clip_on=False, zorder=3)
         top.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         top.set_title(_short(title), fontsize=TEXT)
         _plain(top, "share that is right" if not column else None, "confidence")
-        image = low.imshow(counts / counts.sum(1, keepdims=True).clip(1), vmin=0, vmax=1,
-                           cmap="cividis")
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        # Errors are small shares: by the square root they can be seen.
+        image = low.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="cividis")
         _plain(low, "true class" if not column else None, "class that was said")
-    figure.colorbar(image, ax=list(axes[1]), shrink=0.8, label="share of the true class")
+        for (row, said), share in np.ndenumerate(shares) if len(shares) <= 12 else ():
+            if share >= 0.005:
+                low.text(said, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=5.5,
+                         color="black" if share > 0.3 else "white")
+        if len(shares) <= 20:
+            names = [_short(name, 10) for name in classes or map(str, range(len(shares)))]
+            low.set_xticks(range(len(names)), names, fontsize=7,
+                           rotation=90 if max(map(len, names)) > 2 else 0)
+            low.set_yticks(range(len(names)), names if not column else [""] * len(names),
+                           fontsize=7)
+    figure.colorbar(image, ax=list(axes[1]), shrink=0.8,
+                    label="share of the true class\n(numbers: per cent)")
     save(figure, path)
 
 

@@ -18,7 +18,12 @@ COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict
             "last epoch: points [95 %]", "verdict")
 BESIDE = ("run", "calibration error %", "agreement with teacher %", "KL to teacher",
           "worst class %", "best class %")
+MOST_CLASSES = 20       # of which each gets a column
+COMPARED_NOTE = ("Points of test accuracy, paired by seed, with the 95 % interval of Student's t. "
+                 "Where it holds 0, and with one seed, the runs cannot tell.")
 # Columns of words; the others hold numbers, and stand to the right.
+LESSER = {"parameters", "multiply-adds", "epochs", "validation %", "test %, last epoch", "question",
+          "last epoch: points [95 %]"}
 WORDS = {"question", "verdict", "claim", "printed", "measured here", "or"}
 BESIDE_NOTE = ("Calibration error: how far the confidence is from the share that is right, over 15 "
                "bins (Guo et al. 2017). Agreement: the share of test images where student and "
@@ -62,7 +67,8 @@ def _points(entry):
 
 def _cells(row):
     """What a table shows of a row, in the order of COLUMNS."""
-    return [row["label"] + ("" if row["learned"] else f" {MARK}"), str(len(row["seeds"])),
+    sound = row["learned"] and not row.get("mixed")
+    return [row["label"] + ("" if sound else f" {MARK}"), str(len(row["seeds"])),
             _count(row["parameters"]), _count(row["macs"]), f"{row['epochs']['mean']:g}",
             _percent(row["val_accuracy"]), _percent(row["test_accuracy"]),
             _percent(row["last_test_accuracy"]),
@@ -79,7 +85,7 @@ def pipes(header, lines):
                      for line in lines)
 
 
-def _aligned(lines, width=80):
+def aligned(lines, width=80):
     """A table for the terminal: columns as narrow as they can be, names cut to fit the width."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     space = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
@@ -113,10 +119,33 @@ def _beside(report):
     outputs."""
     rows = [row for row in report["rows"] if row.get("beside")]
     return [[row["label"], _percent(row["beside"]["calibration"]),
-             *((_percent(row["beside"]["agreement"]), f"{row['beside']['divergence']['mean']:.3f}")
+             *((_percent(row["beside"]["agreement"]), _plain(row["beside"]["divergence"]))
                if "agreement" in row["beside"] else "--"),
-             f"{100 * min(row['beside']['classes']):.2f}",
-             f"{100 * max(row['beside']['classes']):.2f}"] for row in rows]
+             *(_class(report, row["beside"]["classes"], which) for which in (min, max))]
+            for row in rows]
+
+
+def _plain(figure):
+    return f"{figure['mean']:.3f}" + ("" if figure["sd"] is None else f" ±{figure['sd']:.3f}")
+
+
+def _class(report, shares, which):
+    """The accuracy of the worst or the best class, and its name."""
+    names = report.get("classes") or range(len(shares))
+    place = shares.index(which(shares))
+    return f"{100 * shares[place]:.2f} ({names[place]})"
+
+
+def per_class(report):
+    """Header and lines of each row's accuracy on every class; none where classes are many."""
+    rows = [row for row in report["rows"] if row.get("beside")]
+    count = max((len(row["beside"]["classes"]) for row in rows), default=0)
+    if not 0 < count <= MOST_CLASSES:
+        return None
+    names = report.get("classes") or list(map(str, range(count)))
+    return ["test % by class", *names], [
+        [row["label"], *(f"{100 * share:.1f}" for share in row["beside"]["classes"])]
+        for row in rows if len(row["beside"]["classes"]) == len(names)]
 
 
 def markdown_commands(report):
@@ -199,9 +228,9 @@ def markdown(report):
     return "\n\n".join([
         f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
         "## Comparisons", markdown_comparisons(report),
-        "Points of test accuracy, paired by seed, with the 95 % interval of Student's t. Where it "
-        "holds 0, and with one seed, the runs cannot tell.",
+        COMPARED_NOTE,
         *(["## Beside accuracy", pipes(BESIDE, _beside(report)),
+           *([pipes(*per_class(report))] if per_class(report) else []),
            "![calibration and confusion](details.png)", BESIDE_NOTE] if _beside(report) else []),
         "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
 
@@ -214,9 +243,9 @@ def terminal(report):
              for note in report["notes"]]
     compared = [[entry["title"], _points(entry["best"]), str(entry["best"]["n"]),
                  entry["best"]["verdict"]] for entry in report["comparisons"]]
-    blocks = [_aligned([[line[place] for place in shown] for line in lines]), "\n".join(notes)]
+    blocks = [aligned([[line[place] for place in shown] for line in lines]), "\n".join(notes)]
     if compared:
-        blocks.append(_aligned([["points of test accuracy", "[95 %]", "n", "verdict"], *compared]))
+        blocks.append(aligned([["points of test accuracy", "[95 %]", "n", "verdict"], *compared]))
     return "\n\n".join(blocks)
 
 
@@ -239,6 +268,8 @@ th:first-child, td:first-child { text-align: left; } th { background: var(--soft
 .words { white-space: normal; text-align: left; min-width: 6rem; }
 img { max-width: 100%; height: auto; background: #fff; padding: .3rem; border-radius: 4px; }
 .runs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+@media screen and (max-width: 42rem) { .lesser { display: none; } body { padding: .5rem; }
+  th, td { padding: .3rem .35rem; } }
 figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
 .tiles { display: grid; gap: 1rem .75rem; margin-top: .75rem;
          grid-template-columns: repeat(auto-fill, minmax(var(--wide), 1fr)); }
@@ -254,9 +285,10 @@ figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
 """
 
 
-def table(header, lines):
-    """Return a table of text."""
-    marks = [" class=words" if name in WORDS else "" for name in header]
+def table(header, lines, lesser=()):
+    """Return a table of text; columns of lesser are left out on a narrow screen."""
+    marks = [" class=words" if name in WORDS else " class=lesser" if name in lesser else ""
+             for name in header]
 
     def cells(kind, line):
         return "".join(f"<{kind}{mark}>{html.escape(cell)}</{kind}>"
@@ -280,13 +312,15 @@ def recipe_section(folder, found):
     names = sorted(name for row in found["rows"] for name in row["runs"])
     curves = "".join(picture(folder / name / "curves.png", name) for name in dict.fromkeys(names))
     parts = [f'<h2 id="{html.escape(folder.name)}">{html.escape(folder.name)}</h2>',
-             table(list(COLUMNS), map(_cells, found["rows"])),
+             table(list(COLUMNS), map(_cells, found["rows"]), LESSER),
              '<p class=notes>' + "<br>".join(map(html.escape, found["notes"])) + "</p>"]
     if found["comparisons"]:
-        parts += ["<h3>Comparisons</h3>", table(COMPARED, _compared(found))]
+        parts += ["<h3>Comparisons</h3>", table(COMPARED, _compared(found)),
+                  f"<p class=notes>{html.escape(COMPARED_NOTE)}</p>"]
     parts.append(picture(folder / "comparison.png", f"all runs of {folder.name}"))
     if _beside(found):
         parts += ["<h3>Beside accuracy</h3>", table(BESIDE, _beside(found)),
+                  *([table(*per_class(found))] if per_class(found) else []),
                   f"<p class=notes>{html.escape(BESIDE_NOTE)}</p>",
                   picture(folder / "details.png", f"calibration and confusion of {folder.name}")]
     parts.append(f"<h3>Runs</h3><div class=runs>{curves}</div>" if curves else "")
@@ -294,11 +328,13 @@ def recipe_section(folder, found):
 
 
 def sweep_section(folder):
-    """Return the section of one sweep: its table and plot."""
+    """Return the section of one sweep: its table, notes and plot."""
+    text = (folder / "sweep.md").read_text(encoding="utf-8").splitlines()
     lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")]
-             for line in (folder / "sweep.md").read_text(encoding="utf-8").splitlines()
-             if line.startswith("|")]
+             for line in text if line.startswith("|")]
+    notes = [line for line in text if line.strip() and not line.startswith("|")]
     return (f"<h3>{html.escape(folder.name)}</h3>" + table(lines[0], lines[2:])
+            + '<p class=notes>' + "<br>".join(map(html.escape, notes)) + "</p>"
             + picture(folder / "sweep.png", f"sweep {folder.name}"))
 
 

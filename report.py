@@ -37,7 +37,8 @@ SETTINGS = {  # said under a table -> key in config.json or final.json
 }
 MATTERS = {  # the same; runs that differ in one of these are compared with a warning
     "device": "device", "precision": "precision", "epochs": "epochs", "data": "data_key",
-    "labels": "labels", "augmentation": "augment", "views": "views",
+    "labels": "labels", "augmentation": "augment", "views": "views", "init": "init",
+    "pool": "pool", "norm": "norm", "batch": "batch_size", "optimizer": "optimizer",
 }
 DETAILED = ("teacher", "student", "kd", "mean-teacher")     # rows that details.png shows
 CLASSES = {"digits": 10, "cifar10": 10, "svhn": 10, "tinyimagenet": 200}
@@ -73,10 +74,12 @@ def build(recipe, results_dir="results"):
     if unfinished:
         notes.append(f"Unfinished, not shown: {', '.join(unfinished)}.")
     classes = config.get("classes") or CLASSES.get(config.get("dataset"))
+    names = config.get("class_names")
     classes = len(classes) if isinstance(classes, list) else classes
     return {"schema": SCHEMA, "recipe": recipe, "settings": made, "rows": list(rows.values()),
             "comparisons": compare(rows), "notes": notes, "unfinished": unfinished,
-            "chance": 1 / classes if classes else None}, runs, pooled
+            "chance": 1 / classes if classes else None,
+            "classes": names and list(map(plain, names))}, runs, pooled
 
 
 def _command(role, recipe, results_dir, config):
@@ -128,11 +131,19 @@ def _notes(groups, rows, made, no_gap, silent):
     differ = "; ".join(f"{name} {text}" for name, text in differ.items() if ", but " in text)
     line = "; ".join(f"{name} {text}" for name, text in made.items())
     told = "; ".join(filter(None, (_told(group, members) for group, members in groups.items())))
+    unlike = "; ".join(
+        f"{label(key)}: " + ", ".join(
+            f"{name} " + ", but ".join(f"{value} ({', '.join(names)})"
+                                       for value, names in values.items())
+            for name, values in row["mixed"].items())
+        for key, row in rows.items() if row["mixed"] and not row["prefix"])
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
         (told, f"{told}."),
         (doubtful, f"{render.MARK} No conclusion from {', '.join(doubtful)}: learned nothing, "
                    "accuracy not above chance."),
+        (unlike, f"{render.MARK} No conclusion where the seeds of one row have other settings: "
+                 f"{unlike}. Remove these runs, or run them again under another --run."),
         (differ, f"The runs differ in what matters: {differ}."),
         (True, "Accuracies are of the best validation epoch; test was scored once."),
         (any(row["val_accuracy"]["mean"] is None for row in rows.values()),
@@ -165,7 +176,7 @@ def write(flags):
     if pooled:
         draw_details({label(key): (calibration(*pooled[key])[1], confusion(*pooled[key]))
                       for key in [key for key in DETAILED if key in pooled] or list(pooled)[:4]},
-                     folder / "details.png")
+                     folder / "details.png", flags.recipe, report["classes"])
     print(f"{render.terminal(report)}\n\nreport   {plain(folder / 'report.md')}\n"
           f"picture  {plain(picture)}")
     return report
@@ -177,6 +188,10 @@ def publish(flags):
     if flags.sweep:
         place = Path("sweeps", plain_name("--sweep", flags.sweep))
         target = Path(flags.results_dir) / "published" / place
+        if not (Path(flags.results_dir) / place / "sweep.md").exists():
+            there = sorted(p.parent.name for p in Path(flags.results_dir).glob("sweeps/*/sweep.md"))
+            fail(f"--sweep {flags.sweep}: none below {flags.results_dir}/sweeps (there are: "
+                 f"{', '.join(there) or 'none'})")
         target.mkdir(parents=True, exist_ok=True)
         for file in ("sweep.md", "sweep.csv", "sweep.png"):
             write_whole(target / file, (Path(flags.results_dir) / place / file).read_bytes())
@@ -267,17 +282,22 @@ COMMANDS = {"report": write, "publish": publish, "readme": readme, "sweep": swee
 
 def parse(command, argv):
     """Flags of one command."""
-    parser = Parser(prog="report.py", description=__doc__)
+    doc = __doc__ if command == "report" else COMMANDS[command].__doc__
+    parser = Parser(prog=f"report.py {command}".removesuffix(" report"), description=doc)
     if command == "sweep":
         import sweep as grid
+        parser = Parser("%(prog)s --over FLAG=A,B,… [--seeds 0,1] -- SCRIPT "
+                        "[--flag value]", prog="report.py sweep", description=grid.__doc__)
         if {"-h", "--help"} & set(argv[:argv.index("--")] if "--" in argv else argv):
             argv = ["--help"]
         own, *script = grid.split(argv) if argv != ["--help"] else (argv,)
         parser.add_argument("--over", action="append", type=grid.over, required=True,
                             metavar="FLAG=A,B,…", help="a flag of the script and its values; may "
                             "stand more than once; flags that go together: F+G=A+X,B+Y")
-        parser.add_argument("--seeds", type=grid.whole_numbers, default=[0], help="0,1,2 (0)")
-        parser.add_argument("--name", help="of the folder <results>/sweeps/NAME")
+        parser.add_argument("--seeds", type=grid.whole_numbers, default=[0],
+                            help="each setting with each of them, 0,1,2 say (0)")
+        parser.add_argument("--name", help="of the folder <results>/sweeps/NAME; default: the "
+                                           "script and the flags")
         args = parser.parse_args(own)
         args.script = script
         return args

@@ -28,7 +28,7 @@ SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses w
 FREE = {"results_dir", "data_dir", "skip_bad", "run", "resume", "overwrite", "dry_run", "teacher",
         "init_from", "cache"}
 # ... and what is no setting, but a fact of a place or a day.
-FACTS = {"versions", "git_commit", "date", "schema", "before"}
+FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names"}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
@@ -258,11 +258,12 @@ def begin_run(args, folder, config):
     return lock
 
 
-def write_outputs(path, logits, labels):
-    """Write the best epoch's outputs on the test split, (N, classes), for what accuracy does not
-    say."""
+def write_outputs(path, outputs, labels):
+    """Write the best epochs' outputs on the test split, for what accuracy does not say. outputs:
+    "model" and, where there is an average, "ema" -> (N, classes)."""
     memory = io.BytesIO()
-    np.savez_compressed(memory, logits=logits, labels=labels)
+    average = dict(ema_logits=outputs["ema"]) if "ema" in outputs else {}
+    np.savez_compressed(memory, logits=outputs["model"], labels=labels, **average)
     write_whole(path, memory.getvalue())
 
 
@@ -311,8 +312,8 @@ def learned_nothing(history, epochs, limit, classes):
     if max(row["val_accuracy"] for row in history) > limit:
         return None
     floor = math.log(classes)
-    sits = (f"\n  Validation loss sits at ln({classes}) = {floor:.3f}, what a network scores that "
-            "tells nothing apart." if abs(row["val_loss"] / floor - 1) < 0.02 else "")
+    sits = (f"\n  Validation loss sits at ln({classes}) = {floor:.3f}: it tells nothing apart."
+            if abs(row["val_loss"] / floor - 1) < 0.02 else "")
     return (f"warning: nothing learned in {len(history)} of {epochs} epochs: validation is not "
             f"above chance.{sits}\n  Usual causes: an init without the ReLU gain (--init he), a "
             "learning rate too\n  high or too low (--lr), dead ReLUs, labels that do not belong "

@@ -1,16 +1,18 @@
 """One script over a grid of settings and seeds: a table, a plot with intervals, the best row.
 
-    python report.py sweep --over alpha=0.1,0.5,0.9 --over temperature=1,4 --seeds 0,1,2 \\
-        -- distill.py --recipe digits
+    python report.py sweep --over alpha=0.1,0.5 --over temperature=1,4 --seeds 0,1,2 -- distill.py
+    python report.py sweep --over labels+epochs=500+281,all+12 -- train_student.py
 
 Restartable: finished runs are kept, as every script keeps its own.
 """
 import argparse
+import contextlib
 import csv
 import importlib
 import io
 import itertools
 import re
+import textwrap
 import time
 from pathlib import Path
 
@@ -20,11 +22,18 @@ import compare
 import runs
 from flags import RECIPES, Parser, fail, plain, say, settings
 from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
-from render import pipes
+from render import aligned, pipes
 
 SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
-FIGURES = {"val_accuracy": "validation", "test_accuracy": "test",
+OWN = {"seed": "--seeds", "run": "--name, of the sweep's folder", "results-dir": "it after the --",
+       "recipe": "it after the --", "resume": "nothing: a sweep goes on by itself",
+       "overwrite": "it after the --", "dry-run": "it after the --"}     # flag -> give instead
+FIGURES = {"train_accuracy": "train", "val_accuracy": "validation", "test_accuracy": "test",
            "ema_test_accuracy": "test, average"}
+SHORT = {"val_accuracy": "val %", "test_accuracy": "test %", "ema_test_accuracy": "average %"}
+NOTE = ("Mean over the seeds ± half of the 95 % interval (Student's t). Above the first row: "
+        "points of test accuracy, paired by seed; where the interval holds 0, they cannot tell. "
+        "Best: by validation.")
 
 
 def over(text):
@@ -39,6 +48,8 @@ def over(text):
         raise argparse.ArgumentTypeError(f"{text!r}: {uneven[0]!r} is not a value each of {name}")
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
+    for flag in OWN.keys() & set(name.split("+")):
+        raise argparse.ArgumentTypeError(f"{text!r}: no setting; give {OWN[flag]}")
     return name, values
 
 
@@ -68,6 +79,8 @@ def split(argv):
     script, *words = argv[at + 1:] or [""]
     if script not in SCRIPTS:
         fail(f"sweep: {script!r} after -- is none of {', '.join(SCRIPTS)}")
+    for flag in {word.partition("=")[0] for word in words} & {"--seed", "--run"}:
+        fail(f"sweep: {flag} after the --: give {OWN[flag[2:]]} before it")
     return argv[:at], script, words
 
 
@@ -93,52 +106,82 @@ def sweep(args, script, words):
     folder = Path(early.results_dir) / "sweeps" / name
     main = importlib.import_module(script.removesuffix(".py")).main
     grid = list(itertools.product(*(values for _, values in args.over)))
-    found, done, started = {}, 0, time.perf_counter()
-    for seed in args.seeds:
-        for values in grid:
-            chosen = {flag: value.replace("{seed}", str(seed))
-                      for flag, value in single(names, values).items()}
-            run = ",".join(f"{k}={Path(v).parent.name if '/' in v else v}"
-                           for k, v in chosen.items()) + f"-s{seed}"
-            line = [*words, "--seed", seed, "--results-dir", folder, "--run", run, "--resume"]
-            for flag, value in chosen.items():
-                line += [f"--{flag}", value]
-            objective = chosen.get("objective", early.objective)
-            if script == "distill.py" and objective != "consistency" and not (
-                    early.teacher or "teacher" in chosen):
-                line += ["--teacher", Path(early.results_dir, early.recipe, f"teacher-s{seed}",
-                                           "best.pt")]
-            done += 1
-            say(f"== {done}/{len(grid) * len(args.seeds)}: {run}")
-            found.setdefault(values, {})[seed] = main([str(word) for word in line])
-    if any("learned" not in final for finals in found.values() for final in finals.values()):
+    plan = [(seed, values, *command(early, script, single(names, values), seed))
+            for seed in args.seeds for values in grid]
+    shared, started = [*words, "--results-dir", str(folder), "--resume"], time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):     # a wrong value is told before hours of runs
+        for _, _, _, line in plan[:len(grid)]:
+            main([*shared, *line, "--dry-run"])
+    found = {}
+    for done, (seed, values, run, line) in enumerate(plan, 1):
+        say(f"== {done}/{len(plan)}: {run}")
+        try:
+            final = main([*shared, *line])
+        except SystemExit as error:
+            if error.code != 3:
+                raise
+            final = None        # its loss was not finite, as the line on stderr says
+        if final and "learned" in final:
+            final = final | dict(train_accuracy=trained(folder / early.recipe / run, final))
+        found.setdefault(values, {})[seed] = final
+    if any(final and "learned" not in final for row in found.values() for final in row.values()):
         return {"rows": [], "best": None, "folder": str(folder)}        # a dry run
     rows = [summary(names, values, finals, found[grid[0]]) for values, finals in found.items()]
-    known = [row for row in rows if row["val_accuracy"] is not None]
+    known = [row for row in rows if row["learned"] and row["val_accuracy"] is not None]
     best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "sweep.csv", names, found)
     draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
     text = table(names, rows, best) + about(folder / early.recipe, script, words)
     runs.write_whole(folder / "sweep.md", text.encode())
-    print(f"\n{text}\n{folder}/sweep.csv, sweep.md, sweep.png; "
+    print(f"\n{terminal(names, rows, best)}\n\n{folder}/sweep.csv, sweep.md, sweep.png; "
           f"{time.perf_counter() - started:.0f} s")
     return {"rows": rows, "best": best, "folder": str(folder)}
 
 
+def command(early, script, setting, seed):
+    """Return (name of the run, the words that make it) of one setting and seed."""
+    setting = {flag: value.replace("{seed}", str(seed)) for flag, value in setting.items()}
+    run = ",".join(f"{flag}={Path(value).parent.name if '/' in value else value}"
+                   for flag, value in setting.items()) + f"-s{seed}"
+    line = ["--seed", str(seed), "--run", run]
+    for flag, value in setting.items():
+        line += [f"--{flag}", value]
+    objective = setting.get("objective", early.objective)
+    if script == "distill.py" and objective != "consistency" and not (
+            early.teacher or "teacher" in setting):
+        teacher = Path(early.results_dir, early.recipe, f"teacher-s{seed}", "best.pt")
+        if not teacher.exists():
+            fail(f"{teacher}: no such file; make it with `python train_teacher.py --recipe "
+                 f"{early.recipe} --seed {seed}`, or give --teacher after the --")
+        line += ["--teacher", str(teacher)]
+    return run, line
+
+
+def trained(folder, final):
+    """Return a run's accuracy on its train images, as augmented, in its best epoch."""
+    with open(folder / "metrics.csv", newline="") as file:
+        value = list(csv.DictReader(file))[final["best_epoch"] - 1]["train_accuracy"]
+    return float(value) if value else None
+
+
 def summary(names, values, finals, first):
     """One row: the settings, seeds, and each figure as (mean, low, high): its 95 % interval; and
-    how far its test accuracy is above the first row's, seed by seed."""
+    how far its test accuracy is above the first row's, seed by seed. finals: seed -> final.json, or
+    None where the loss was not finite."""
+    known = {seed: final for seed, final in finals.items() if final}
     row = dict(zip(names, values, strict=True)) | dict(
-        seeds=list(finals), learned=all(final["learned"] for final in finals.values()),
-        parameters=next(iter(finals.values()))["parameters"],
-        tests=[final["test_accuracy"] for final in finals.values()])
+        seeds=list(known), failed=[seed for seed in finals if seed not in known],
+        learned=len(known) == len(finals) and all(final["learned"] for final in known.values()),
+        parameters=next((final["parameters"] for final in known.values()), None),
+        tests={seed: final["test_accuracy"] for seed, final in known.items()})
     for figure in FIGURES:
-        known = [final[figure] for final in finals.values()]
-        row[figure] = None if None in known else compare.interval(known)
-    above = [final["test_accuracy"] - first[seed]["test_accuracy"]
-             for seed, final in finals.items()]
-    row["above_first"] = None if finals is first else compare.interval(above)
+        each = [final.get(figure) for final in known.values()]
+        row[figure] = None if None in each or not each else compare.interval(each)
+    fair = finals is not first and row["learned"] and all(
+        final and final["learned"] for final in first.values())
+    row["above_first"] = compare.interval([final["test_accuracy"] - first[seed]["test_accuracy"]
+                                           for seed, final in known.items()]) if fair else None
     return row
 
 
@@ -151,6 +194,7 @@ def write_csv(path, names, found):
     lines.writerow([*names, "seed", *keys])
     for values, finals in found.items():
         for seed, final in finals.items():
+            final = final or dict(dict.fromkeys(keys), learned=False)
             lines.writerow([*values, seed, *(final[key] for key in keys)])
     runs.write_whole(path, text.getvalue().encode())
 
@@ -174,13 +218,29 @@ def table(names, rows, best):
               "test above the first row's", ""]
     lines = []
     for row in rows:
-        mark = "best by validation" if row is best else "" if row["learned"] else "learned nothing"
         lines.append([*(title(row[name]) for name in names), str(len(row["seeds"])),
-                      f"{row['parameters']:,}", *(percent(row[figure]) for figure in shown),
-                      percent(row["above_first"], "+"), mark])
-    note = ("Mean over n seeds ± half of the 95 % interval (Student's t). Above the first row's: "
-            "points, paired by seed; where the interval holds 0, the runs cannot tell.")
-    return f"{pipes(header, lines)}\n\n{note}\n"
+                      "-" if row["parameters"] is None else f"{row['parameters']:,}",
+                      *(percent(row[figure]) for figure in shown),
+                      percent(row["above_first"], "+"), mark(row, best)])
+    return f"{pipes(header, lines)}\n\n{NOTE}\n"
+
+
+def mark(row, best):
+    """What is said of a row at its end."""
+    if row["failed"]:
+        return "not finite: seed " + ", ".join(map(str, row["failed"]))
+    return "learned nothing" if not row["learned"] else "best by validation" * (row is best)
+
+
+def terminal(names, rows, best):
+    """The same in 80 columns."""
+    shown = [figure for figure in SHORT if any(row[figure] for row in rows)]
+    lines = [[*names, *(SHORT[figure] for figure in shown), "above first", ""]]
+    for row in rows:
+        lines.append([*(title(row[name]) for name in names),
+                      *(percent(row[figure]) for figure in shown), percent(row["above_first"], "+"),
+                      mark(row, best).removesuffix(" by validation")])
+    return f"{aligned(lines)}\n\n{textwrap.fill(NOTE, 80)}"
 
 
 def about(folder, script, words):
@@ -202,6 +262,7 @@ def draw(path, names, grids, rows, heading):
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     places = {value: place for place, value in enumerate(grids[0][1])}
+    ordered = all(re.search(r"(^|=)[\d.]|^all", title(value)) for value in places)
     lines = {}
     for row in rows:
         lines.setdefault(tuple(row[name] for name in names[1:]), []).append(row)
@@ -219,14 +280,24 @@ def draw(path, names, grids, rows, heading):
             label = f"{label or 'test'}{'' if filled else ', average'}"
             colour = OTHER_COLOURS[number % len(OTHER_COLOURS)] if others else "#0072B2"
             axes.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=label,
-                          linestyle=OTHER_LINES[number % len(OTHER_LINES)] if others else
-                          "-" if filled else "--",
+                          linestyle="none" if not ordered else OTHER_LINES[
+                              number % len(OTHER_LINES)] if others else "-" if filled else "--",
                           markerfacecolor=colour if filled else "white")
     # Pairs, behind: where all seeds rise together, the setting does it.
-    for seed in range(max(len(row["tests"]) for row in rows)) if len(lines) == 1 else ():
-        axes.plot(list(places.values()), [100 * row["tests"][seed] for row in rows],
+    for seed in rows[0]["tests"] if len(lines) == 1 and ordered else ():
+        pairs = [(place, row["tests"][seed]) for place, row in enumerate(rows)
+                 if seed in row["tests"]]
+        axes.plot([place for place, _ in pairs], [100 * value for _, value in pairs],
                   color="#B0B0B0", linewidth=0.8, zorder=0, label="_")
-    axes.set_xticks(range(len(places)), map(title, places))
+    silent = [(places[row[names[0]]], 100 * row["test_accuracy"][0]) for row in rows
+              if row["test_accuracy"] and not row["learned"]]
+    if silent:
+        axes.plot(*zip(*silent, strict=True), "x", color="black", markersize=11, markeredgewidth=2,
+                  label="learned nothing")
+    shown = list(map(title, places))
+    long = sum(map(len, shown)) > 60
+    axes.set_xticks(range(len(places)), shown, rotation=35 if long else 0,
+                    ha="right" if long else "center")
     axes.set_xlabel(names[0], fontsize=TEXT)
     axes.set_ylabel("test accuracy (%), best validation epoch", fontsize=TEXT)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
@@ -236,7 +307,7 @@ def draw(path, names, grids, rows, heading):
     if len(labels) > 1:
         axes.legend(frameon=False, fontsize=TEXT - 1)
     seeds = max(len(row["seeds"]) for row in rows)
-    note = (f"bars: 95 % interval of {seeds} seeds" + "; grey: each seed" * (len(lines) == 1)
-            if seeds > 1 else "one seed: no interval")
-    axes.set_title(f"{plain(heading)}\n{note}", fontsize=TEXT, parse_math=False)
+    each = "; grey: each seed" * (len(lines) == 1 and ordered)
+    note = f"bars: 95 % interval of {seeds} seeds{each}" if seeds > 1 else "one seed: no interval"
+    axes.set_title(f"{textwrap.fill(plain(heading), 78)}\n{note}", fontsize=TEXT, parse_math=False)
     save(figure, path)

@@ -55,7 +55,8 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
                  pool=args.pool, activation=args.activation, norm=args.norm)
     model = models.build(**build)
     config = runs.make_config(args, script, versions(device), data_key=splits.key,
-                              classes=len(splits.classes), **known)
+                              classes=len(splits.classes), class_names=list(splits.classes),
+                              **known)
     folder, final = runs.open_run(args, config, name)
     facts = dict(script=script, parameters=models.count_parameters(model),
                  macs=models.count_macs(model, shape))

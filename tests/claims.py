@@ -1,10 +1,12 @@
-"""What the five reports claim, and what is measured here: `make claims`.
+"""What the five reports claim, and what is measured here; and what we advise: `make claims`.
 
-    python tests/claims.py        # writes results/published/claims.json, for the README's table
+    python tests/claims.py        # writes claims.json and advice.json into results/published, for
+                                  # the README's tables
 
 A claim about networks is held against the paired comparisons of the published runs, which say
 helps, hurts, or cannot tell. A claim that is an error in the sums is shown by doing the sum.
 """
+import csv
 import json
 import math
 import sys
@@ -18,6 +20,7 @@ import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import calc  # noqa: E402
+import compare  # noqa: E402
 import distill  # noqa: E402
 import models  # noqa: E402
 from runs import write_whole  # noqa: E402
@@ -160,9 +163,9 @@ def claims(known):
         ("002", "EMA as the teacher, from random weights", "47.24, without 45.76",
          *compared(known, "kd-ema - student alone", 1)),
         ("003", "a teacher improves the student drastically", "10.5 → 68.5",
-         *compared(known, "kd - student alone", 1)),
+         *compared(known, "kd - student alone", 1, ("better, by far less", "worse"))),
         ("003", "EMA improves the student", "68.5 → 72.65, of another architecture",
-         *compared(known, "mean teacher, student - alone", 1)),
+         *compared(known, "mean teacher, student - no EMA", 1)),
         ("004", "8 convs, each with a 2×2 pool, on 32×32", "-", pools(),
          "impossible: the sixth pool has nothing left"),
         ("004", "test loss", "0.000013 at 88 %", f"0.000013 · 26032 = {0.000013 * 26032:.2f}",
@@ -174,12 +177,88 @@ def claims(known):
     return [dict(zip(names, line, strict=True)) for line in lines]
 
 
+# ---- advice -----------------------------------------------------------------------------------
+
+def swept(name, folder=PUBLISHED):
+    """Setting -> {seed: test accuracy} of a published sweep over one flag."""
+    found = {}
+    with open(Path(folder) / "sweeps" / name / "sweep.csv", newline="") as file:
+        for line in csv.DictReader(file):
+            setting = next(iter(line.values())).split("+")[0]
+            setting = setting.split("epochs=")[-1].split("-s{seed}")[0]     # of a teacher's path
+            found.setdefault(setting, {})[line["seed"]] = float(line["test_accuracy"])
+    return found
+
+
+def above(title, ours, theirs):
+    """Return (points of test accuracy by which one setting is above another, the verdict)."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    mean, low, high = compare.interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])
+    bounds = "one seed" if low is None else f"{low:+.2f} to {high:+.2f}, n {len(seeds)}"
+    return f"{title} {mean:+.2f} ({bounds})", compare.verdict(low, high)
+
+
+def chosen(name, *pairs, unit=""):
+    """above() of pairs of settings of one sweep."""
+    rows = swept(name)
+    return [above(f"{a}{unit} - {b}{unit}:", rows[a], rows[b]) for a, b in pairs]
+
+
+def in_report(known, title, *recipes):
+    """above(), of comparisons that reports have made already."""
+    found = []
+    for recipe in recipes:
+        entry = next(c["best"] for c in known[recipe]["comparisons"] if c["title"] == title)
+        bounds = "one seed" if entry["low"] is None else (
+            f"{entry['low']:+.2f} to {entry['high']:+.2f}, n {entry['n']}")
+        found.append((f"{recipe}, {title}: {entry['mean']:+.2f} ({bounds})", entry["verdict"]))
+    return found
+
+
+def advice(known):
+    """Return a dict for each choice: choice, advice, measured. The words were written for the
+    verdicts beside them: where a run changes one, they must be written anew."""
+    lines = (
+        ("temperature T", "Begin with 4 to 8. At 1 the teacher's outputs say little more than the "
+         "label does. With T² in the loss nothing else has to change (Hinton et al. 2015).",
+         "helps, cannot tell, cannot tell",
+         chosen("distill-temperature", ("8", "1"), ("4", "1"), ("16", "8"))),
+        ("α, the teacher's weight", "Anything from 0.3 to 1: where every image has a label and the "
+         "teacher is good, the exact value is lost in the noise of seeds. α = 1 (kd-only) needs no "
+         "labels at all.", "cannot tell, cannot tell, cannot tell",
+         chosen("distill-alpha", ("0.3", "0"), ("1", "0"), ("0.9", "0.3"))
+         ),
+        ("λ, the labels' weight in mean teacher", "0.1 to 0.9 do the same; far below, the labels "
+         "are not learned. Few labels: begin with 0.1 and look at the classes' loss.",
+         "helps, cannot tell", chosen("lambda", ("0.1", "0.02"), ("0.9", "0.1"))),
+        ("ramp-up", "Ramp up over a quarter of the run or more: at the start two views of an "
+         "untrained network agree on nothing worth having (Laine & Aila 2017; Tarvainen & Valpola "
+         "2017).", "helps, helps", chosen("ramp-up", ("5", "0"), ("10", "0"))),
+        ("EMA decay", "The longest that the run reaches: 0.97 for a few hundred steps, 0.99 for a "
+         "thousand, 0.999 for ten thousand (Tarvainen & Valpola 2017). With all labels none of "
+         "them was told from none.", "cannot tell, cannot tell, cannot tell",
+         chosen("distill-ema-decay", ("0.9", "0"), ("0.97", "0"), ("0.99", "0"))),
+    )
+    for choice, _, expected, measured in lines:
+        told = [verdict for _, verdict in measured]
+        if told != expected.split(", "):
+            raise ValueError(f"the advice on {choice} was written for {expected}; the runs say "
+                             f"{', '.join(told)}: write it anew")
+    return [dict(choice=choice, advice=words, measured="; ".join(text for text, _ in measured))
+            for choice, words, _, measured in lines]
+
+
 def main(folder=PUBLISHED):
-    found = claims(reports(folder))
-    write_whole(Path(folder) / "claims.json", (json.dumps(found, indent=1) + "\n").encode())
-    for one in found:
-        print(f"{one['report']}: {one['claim']}\n  printed   {one['printed']}\n"
-              f"  measured  {one['measured']}\n  verdict   {one['verdict']}")
+    known = reports(folder)
+    found = dict(claims=claims(known), advice=advice(known))
+    for name, entries in found.items():
+        write_whole(Path(folder) / f"{name}.json",
+                    (json.dumps(entries, indent=1) + "\n").encode())
+        for one in entries:
+            first, *others = one.items()
+            print(f"{first[0]}: {first[1]}")
+            for key, text in others:
+                print(f"  {key:9} {text}")
     return found
 
 

@@ -35,16 +35,23 @@ DISTILL = """\
 kd = distill.main(["--objective", "kd", "--resume", *FLAGS])
 mean_teacher = distill.main(["--objective", "consistency", "--resume", *FLAGS])"""
 REPORT = """\
+import re
 from pathlib import Path
 
-from IPython.display import Image, Markdown, display
+from IPython.display import HTML, Image, Markdown, display
 
 import report
 
 report.main([])
-display(Markdown(Path("results/digits/report.md").read_text().split("![")[0]))
-display(Image("results/digits/comparison.png"))
-display(Image("results/digits/kd-s0/curves.png"))"""
+folder = Path("results/digits")
+for part in re.split(r"!\\[.*?\\]\\((.*?)\\)", (folder / "report.md").read_text()):
+    display(Image(str(folder / part)) if part.endswith(".png") else Markdown(part))
+display(Image(str(folder / "kd-s0" / "curves.png")))"""
+LOOK = """\
+import look
+
+look.main([str(folder / "kd-s0")])      # what the distilled student saw, its teacher beside it
+display(HTML(filename=str(folder / "kd-s0" / "look.html")))"""
 CIFAR = """\
 ## CIFAR-10, and a GPU
 
@@ -63,8 +70,10 @@ FLAGS_TOO = """\
 ## Your own settings
 
 `distill.main(["--temperature", "2", "--alpha", "0.5", "--run", "kd-T2"])` is another run under
-its own name; `["--help"]` lists the flags of a script. Images of your own, in
-`DIR/train/<class>/*` and `DIR/test/<class>/*`: `["--dataset", "folder", "--data-dir", "DIR"]`."""
+its own name; `["--help"]` lists the flags of a script. A grid of settings and seeds is
+`report.main(["sweep", "--over", "temperature=1,4", "--seeds", "0", "--", "distill.py"])`. Images
+of your own, in `DIR/train/<class>/*` and `DIR/test/<class>/*`: `["--dataset", "folder",
+"--data-dir", "DIR"]`."""
 
 
 def cells():
@@ -77,6 +86,7 @@ def cells():
     yield "train", "code", RUN
     yield "distill", "code", DISTILL
     yield "report", "code", REPORT
+    yield "look", "code", LOOK
     yield "cifar", "markdown", CIFAR
     yield "cifar-run", "code", CIFAR_RUN
     yield "more", "markdown", FLAGS_TOO

@@ -234,6 +234,7 @@ def test_score_against_one_pass(own, average, norm, tmp_path, capsys, monkeypatc
     with np.load(tmp_path / "test.npz") as file:        # of the best weights, not of the average
         np.testing.assert_allclose(file["logits"], expected["model"][2], atol=1e-5)
         np.testing.assert_array_equal(file["labels"], test.labels)
+        np.testing.assert_allclose(file["ema_logits"], expected["ema"][2], atol=1e-5)
     assert shared == ([(last["ema"],)] if norm == "batch" else [])      # measured anew, and shared
     if norm == "none":
         assert final["recomputed_test_accuracy"] is final["recomputed_val_accuracy"] is None

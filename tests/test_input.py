@@ -17,6 +17,7 @@ import data
 import distill
 import train_student
 import train_teacher
+from flags import words as words_of
 
 HOUSE = Path(common.__file__).parent
 
@@ -28,6 +29,31 @@ def folder(tmp_path):
 
 def best(results):
     return results / "digits" / "teacher-s0" / "best.pt"
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, words", [
+    *((name, ()) for name in ("common", "data", "train_teacher", "train_student", "distill", "look",
+                              "calc", "report")),
+    ("report", ("sweep",)), ("report", ("publish",)), ("look", ("predict",))])
+def test_help_fits_80_columns(script, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        __import__(script).main([*words, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert not ended.value.code and len(lines) > 8
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("launcher", [
+    "/x/site-packages/ipykernel_launcher.py", "/x/site-packages/ipykernel/__main__.py",
+    "/usr/local/lib/python3.12/dist-packages/colab_kernel_launcher.py"])
+def test_main_in_a_notebook_does_not_take_the_kernels_words(launcher, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [launcher, "-f", "/root/kernel-1.json"])
+    assert words_of(None) == []
+    monkeypatch.setattr(sys, "argv", ["report.py", "--recipe", "x"])       # after %run
+    assert words_of(None) == ["--recipe", "x"]
 
 
 # ---- flags ------------------------------------------------------------------------------------

@@ -30,5 +30,9 @@ def test_every_cell_runs_in_a_fresh_kernel(tmp_path):
     client.execute()
     nbformat.validate(made)
     outputs = [output for cell in made.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    shown = "".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert "## Comparisons" in shown and "test % by class" in shown
+    assert any("<!doctype html>" in str(output.get("data", {}).get("text/html", ""))
+               for output in outputs)
     assert (tmp_path / "results/digits/kd-s0/final.json").exists()

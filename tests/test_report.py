@@ -162,6 +162,28 @@ def test_one_seed_cannot_tell(tmp_path):
 
 # ---- doubtful and missing runs ----------------------------------------------------------------
 
+def test_a_seed_that_is_in_no_pair_decides_nothing(tmp_path):
+    make_six(tmp_path, 3, only=("teacher", "student", "kd"))
+    before = numbers(tmp_path)
+    make_run(tmp_path, "student-s3", 3, 10, learned=False)
+    after = numbers(tmp_path)
+    assert before["comparisons"] == after["comparisons"]
+    assert rows_of(before)["kd"]["gap"] == rows_of(after)["kd"]["gap"] is not None
+    assert any("student-s3" in note for note in after["notes"])
+
+
+def test_seeds_with_other_settings_are_not_one_row(tmp_path):
+    make_six(tmp_path, 2, only=("teacher", "student", "kd"), temperature=4.0)
+    make_run(tmp_path, "kd-s2", 2, 74, temperature=1.0)
+    make_run(tmp_path, "student-s2", 2, 72, temperature=4.0)
+    result = numbers(tmp_path)
+    said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
+    assert said == {"kd - student alone": "no conclusion", "student alone - teacher": "hurts"}
+    (note,) = [note for note in result["notes"] if "other settings" in note]
+    assert "kd: temperature 4.0 (kd-s0, kd-s1), but 1.0 (kd-s2)" in note
+    assert render._cells(rows_of(result)["kd"])[0] == "kd (!)"
+
+
 def test_no_conclusion_from_what_did_not_learn(tmp_path):
     make_six(tmp_path, 3, only=("teacher", "kd", "kd-only"))
     for seed in range(3):
@@ -501,6 +523,28 @@ def test_what_accuracy_does_not_say_is_in_the_report(tmp_path):
     assert rows["kd"]["beside"]["classes"] == [0.5, 0.5]
     text = render.markdown(result)
     assert "## Beside accuracy" in text and "| kd | " in text.split("## Beside accuracy")[1]
+    report.main(["--results-dir", str(tmp_path)])
+    assert (folder / "details.png").stat().st_size > 5000
+
+
+def test_the_average_and_the_classes_have_figures_of_their_own(tmp_path):
+    folder = make_six(tmp_path, 1, only=("teacher", "student", "mean-teacher"),
+                      class_names=["a|b", "c"])
+    labels = np.array([0, 0, 1, 1])
+    right = np.where(labels[:, None] == [0, 1], 3.0, 0.0)
+    outputs(folder / "teacher-s0", right, labels)
+    outputs(folder / "student-s0", right, labels)
+    wrong = right.copy()
+    wrong[0] = [0, 3]
+    np.savez_compressed(folder / "mean-teacher-s0" / "test.npz", logits=np.float32(right),
+                        labels=labels, ema_logits=np.float32(wrong))
+    rows = rows_of(numbers(tmp_path))
+    assert rows["mean-teacher"]["beside"]["agreement"]["values"] == [1.0]
+    assert rows["mean-teacher/average"]["beside"]["agreement"]["values"] == [0.75]
+    assert rows["mean-teacher/average"]["beside"]["classes"] == [0.5, 1.0]
+    text = render.markdown(numbers(tmp_path))
+    assert "| 50.00 (a\\|b) | 100.00 (c) |" in text
+    assert "| mean teacher, average | 50.0 | 100.0 |" in text
     report.main(["--results-dir", str(tmp_path)])
     assert (folder / "details.png").stat().st_size > 5000
 

@@ -36,6 +36,11 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
                 if (line["alpha"], line["temperature"]) == (row["alpha"], row["temperature"])]
         assert row["test_accuracy"] == compare.interval(mine) and row["seeds"] == [0, 1]
         config = folder / "digits" / f"alpha={row['alpha']},temperature={row['temperature']}-s1"
+        with open(config / "metrics.csv", newline="") as file:
+            best = runs.read_json(config / "final.json")["best_epoch"]
+            train = list(csv.DictReader(file))[best - 1]["train_accuracy"]
+        assert [line["train_accuracy"] for line in lines if line["seed"] == "1" and (
+            line["alpha"], line["temperature"]) == (row["alpha"], row["temperature"])] == [train]
         config = runs.read_json(config / "config.json")
         assert (config["alpha"], config["temperature"], config["seed"]) == (
             float(row["alpha"]), float(row["temperature"]), 1)
@@ -81,7 +86,8 @@ def test_a_teacher_for_each_seed(easy, tmp_path):
 @pytest.mark.parametrize("own, parts", [
     (["--over", "alpha"], ["'alpha'", "alpha=0.1,0.5"]),
     (["--over", "alpha=1,1"], ["twice"]), (["--over", "alpha+lr=1+1,1"], ["'1'", "alpha+lr"]),
-    (["--over", "alpha+=1+1"], ["'alpha+=1+1'"]),
+    (["--over", "alpha+=1+1"], ["'alpha+=1+1'"]), (["--over", "seed=0,1"], ["--seeds"]),
+    (["--over", "lr+run=0.1+a"], ["--name"]),
     (["--over", "alpha=1", "--seeds", "0,0"], ["'0,0'", "0,1,2"]),
     (["--over", "alpha=1", "--seeds", "x"], ["'x'"]), ([], ["--over"])])
 def test_wrong_input(easy, tmp_path, capsys, own, parts):
@@ -93,7 +99,40 @@ def test_a_script_is_needed(capsys):
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=1"], "--", "distill.py")
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=1", "--", "calc.py"], "'calc.py'",
                  "train_student.py")
-    tiny.refused(capsys, report, ["sweep", "--over", "alpha=2", "--", "distill.py"], "'2'")
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=2", "--", "distill.py", "--teacher",
+                                  "ema", "--ema-decay", "0.9"], "'2'")
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=1", "--", "distill.py", "--run", "a"],
+                 "--run", "--name")
+
+
+def test_a_wrong_value_is_told_before_anything_is_trained(easy, tmp_path, capsys):
+    words = tiny.words(easy, tmp_path)
+    tiny.refused(capsys, report, ["sweep", "--over", "lr=0.1,-1", "--", "train_student.py", *words],
+                 "--lr", "'-1'")
+    assert not list(tmp_path.iterdir())
+    tiny.refused(capsys, report, ["sweep", "--over", "alpha=0.1,0.2", "--seeds", "3", "--",
+                                  "distill.py", *words], "teacher-s3/best.pt",
+                 "train_teacher.py --recipe digits --seed 3")
+
+
+def test_a_row_that_cannot_be_ranked(easy, tmp_path, capsys):
+    """One setting diverges, one learns nothing: the third is the best, and all are told."""
+    found = sweep(easy, tmp_path, "--over", "lr=1e-9,1e20,0.006", "--seeds", "0,1",
+                  script="train_student.py", epochs=3)
+    nothing, infinite, learned = found["rows"]
+    assert found["best"] is learned and learned["learned"] and not nothing["learned"]
+    assert (infinite["failed"], infinite["seeds"], infinite["test_accuracy"]) == ([0, 1], [], None)
+    assert learned["above_first"] is None       # the first row learned nothing
+    folder = tmp_path / "sweeps" / "train_student-lr"
+    text = (folder / "sweep.md").read_text()
+    for part in ("| learned nothing |", "| not finite: seed 0, 1 |", "| best by validation |"):
+        assert text.count(part) == 1, part
+    with open(folder / "sweep.csv", newline="") as file:
+        assert [line["learned"] for line in csv.DictReader(file)] == [
+            "False"] * 4 + ["True"] * 2
+    said = capsys.readouterr()
+    assert "not finite" in said.out and "error: " in said.err
+    assert max(map(len, said.out[said.out.rindex("\nlr"):].splitlines()[:8])) <= 80
 
 
 def test_the_recipe_says_whether_a_teacher_is_needed(easy, tmp_path):
