@@ -31,7 +31,8 @@ def absurd(card, choices):
         return f"has no names for its {show(spec['num_classes'])} classes but {show(classes)}"
     if not numbers(card["mean"], -math.inf) or not numbers(card["std"], 1e-6):
         return f"normalises by {show(card['mean'])} and {show(card['std'])}, not by 3 numbers each"
-    for key, kinds in (("val_fraction", (int, float)), ("labels", (int, type(None)))):
+    for key, kinds in (("val_fraction", (int, float)), ("labels", (int, type(None))),
+                       ("epoch", (int, type(None))), ("ema_epoch", (int, type(None)))):
         if not isinstance(card.get(key, 0), kinds):
             return f"has {key} {show(card[key])}"
     return None

@@ -231,6 +231,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
         args.resume) else ([], {})
     if history and rank() == 0:
         save_best(folder, card, history, best)
+        runs.write_history(folder / "metrics.csv", history)
     steps, first = train.steps(), len(history) + 1
     bar = tqdm(total=args.epochs * steps, initial=len(history) * steps, desc=folder.name,
                unit=" steps", dynamic_ncols=True, leave=False, disable=silent())
@@ -298,8 +299,7 @@ def load_checkpoint(path):
 
 
 def save_best(folder, card, history, best):
-    """Write best.pt, where an epoch was the best so far, or the run is resumed: then the file may
-    be of an epoch that was not finished."""
+    """Write best.pt; where a run is resumed, it may be of an epoch that was not finished."""
     epochs = {name: runs.best_epoch(history, name) for name in best}
     save_checkpoint(folder / "best.pt", card | dict(
         model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
@@ -346,8 +346,9 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         if first[name] < len(history):
             network.load_state_dict(best[name])
             tested[name] = evaluate(network, test, args.precision, logits := [])
-        kept[name] = torch.cat(logits).cpu()
+        kept[name] = logits
     if world() == 1:        # of several processes each has seen a part
+        kept = {name: torch.cat(logits).cpu() for name, logits in kept.items()}
         runs.write_outputs(folder / "test.npz", kept, test.labels.cpu())
     average = networks.get("ema")
     if average is not None and args.norm == "batch":    # averaged weights have others

@@ -232,7 +232,8 @@ def guard(args):
     except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
         raise
     except OSError as error:
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}; all that was finished is "
+        where = error.filename or "standard output, or a file"
+        fail(f"{where}: {error.strerror or error}; all that was finished is "
              f"kept: mend that, and {again(args)} goes on")
     except (MemoryError, RuntimeError) as error:
         text = str(error)

@@ -102,6 +102,7 @@ def find_teacher(args):
                         for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction",
                                      "labels", "seed", "results_dir", "device")
                         if vars(args)[name] != standard[name])
+        typed += " --overwrite" * (path.parent / "final.json").exists()      # its best.pt is gone
         fail = f"--teacher {path}: {'a folder' if path.is_dir() else 'no such file'}"
         flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
                    if not asked else f"{fail}; give a best.pt, or ema")

@@ -63,14 +63,15 @@ def answer_early(main):
     """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
     launch() takes over. main: the module that was started. Elsewhere this does nothing."""
     file = getattr(main, "__file__", None)
-    if (file and Path(file).resolve().parent == Path(__file__).resolve().parent
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    if file and Path(file).resolve().parent == Path(__file__).resolve().parent:
         def leave(number, _):
             os.write(2, b"error: stopped; nothing was begun, start it again\n")
             os._exit(128 + number)
 
-        signal.signal(signal.SIGINT, leave)
-        signal.signal(signal.SIGTERM, leave)
+        for number, usual in ((signal.SIGINT, signal.default_int_handler),
+                              (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) is usual:       # in the background Ctrl-C is ignored
+                signal.signal(number, leave)
 
 
 def launch(main):
@@ -124,10 +125,9 @@ def narrow(doc, width=80):
     them where it does not fit beside them, a long command broken as a shell reads it."""
     lines = []
     for block in (doc or "").strip().split("\n\n"):
-        if not block.startswith("    "):
-            lines += [*textwrap.wrap(" ".join(block.split()), width), ""]
-            continue
         fits = all(len(line) <= width for line in block.splitlines())
+        if not fits and not block.startswith("    "):
+            block, fits = textwrap.fill(" ".join(block.split()), width), True
         for line in block.splitlines():
             command, *told = re.split(r"\s{2,}(?:# )?", line.strip(), maxsplit=1)
             broken = textwrap.wrap(command, width - 10, break_on_hyphens=False)

@@ -309,6 +309,11 @@ def mapped(folder):
         facts = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
+        for split in ("train", "test"):     # as written: not of another byte order, say
+            images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+            if not (images.dtype == np.uint8 and labels.dtype == np.int64 and images.ndim == 4
+                    and labels.shape == images.shape[:1]):
+                return None
         known = facts.get("version") == CACHE_VERSION
         small = sum(array.nbytes for array in arrays.values()) <= CHECKED
         if (facts.get("sum", sum_of(facts)) != sum_of(facts)

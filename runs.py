@@ -37,6 +37,9 @@ METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
 
 
+HELD = {}       # run folder -> the descriptor by which this process keeps others out
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 def write_whole(path, data):
@@ -45,6 +48,10 @@ def write_whole(path, data):
     An OSError (a full disk, a folder that vanished) names the file, and leaves nothing beside it.
     """
     aside = path.with_name(f".{path.name}.part")
+    if path.parent in HELD and path.parent.is_dir() and not os.path.samestat(
+            os.fstat(HELD[path.parent]), os.stat(path.parent)):
+        fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
+             "another process made this one; nothing is written here")
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -172,12 +179,22 @@ def hold(folder, how=fcntl.LOCK_EX):
     or until this process ends, however it does; leave with one line where another has it."""
     try:
         lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise
     except BlockingIOError:
         fail(f"{folder}: another process is training here; wait for it, or give --run NAME")
     except OSError as error:
         fail(f"{folder}: cannot be read ({error.strerror}); give another --results-dir")
     return lock
+
+
+def release(folder, lock):
+    """Let other processes into a run's folder again."""
+    HELD.pop(folder, None)
+    os.close(lock)
 
 
 def open_run(args, config, name, held=False):
@@ -194,7 +211,7 @@ def open_run(args, config, name, held=False):
     if not folder.is_dir():
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
     if not held:        # shared: all processes of one run look at the same time
-        os.close(hold(folder, fcntl.LOCK_SH))
+        release(folder, hold(folder, fcntl.LOCK_SH))
     ways = "add --overwrite (make: OVERWRITE=1) to run it again, or --run NAME to keep both"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
@@ -218,11 +235,19 @@ def open_run(args, config, name, held=False):
     for name in altered(folder, ("final.json",)) if finished else ():
         fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
     if finished:
+        final = read_json(folder / "final.json")
+        odd = [key for key in ("recipe", "arch", "epochs", "seed") if final.get(key) != config[key]]
+        if odd:
+            fail(f"{folder / 'final.json'}: {odd[0]} {final.get(odd[0])!r}, where config.json says "
+                 f"{config[odd[0]]!r}: of another run, or damaged; {ways}")
         say(f"{folder}: finished already, kept")
-        return folder, read_json(folder / "final.json")
+        return folder, final
     if not args.resume and any(folder.iterdir()):
         fail(f"{folder}: an unfinished run; add --resume to go on from its last finished epoch, "
              "or --overwrite to start again")
+    wrong = (folder / "checkpoint.pt").exists() and damage(folder / "checkpoint.pt")
+    if wrong:
+        fail(f"{folder / 'checkpoint.pt'}: {wrong}")
     return folder, None
 
 
@@ -230,12 +255,18 @@ def places_before(folder, config):
     """Return what versions, devices and commits the earlier epochs of a run were made with, where
     they are others; and say so: the bits may differ then."""
     had = read_json(folder / "config.json")
-    was, now = ({**dict(one["versions"]), "commit": one.get("git_commit")} for one in (had, config))
+    try:
+        was, now = ({**dict(one["versions"]), "commit": one.get("git_commit")}
+                    for one in (had, config))
+        before = list(map(dict, had.get("before", [])))
+    except (LookupError, TypeError, ValueError) as error:
+        fail(f"{folder / 'config.json'}: damaged ({type(error).__name__}: {error}); add "
+             "--overwrite to start again")
     differs = [f"{key} {short(was.get(key))} (now {short(now[key])})" for key in now
                if was.get(key) != now[key]]
     if differs:
         say(f"note: begun with {', '.join(differs)}; what follows need not be the same bit for bit")
-    return had.get("before", []) + [was] * bool(differs)
+    return before + [was] * bool(differs)
 
 
 def begin_run(args, folder, config):
@@ -243,16 +274,21 @@ def begin_run(args, folder, config):
     what holds the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = hold(folder)
-        # Alone here from now on; but another run may have come and gone since the first look.
-        if open_run(args, config, folder.name, held=True)[1] is not None:
-            fail(f"{folder}: finished by another process just now; the same command says with what")
-        if args.overwrite or not (folder / "checkpoint.pt").exists():
-            for file in RUN_FILES:
-                (folder / file).unlink(missing_ok=True)
-        else:
-            config = config | dict(before=places_before(folder, config))
-        write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+        lock = HELD[folder] = hold(folder)
+        try:
+            # Alone here from now on; but another run may have come and gone since the first look.
+            if open_run(args, config, folder.name, held=True)[1] is not None:
+                fail(f"{folder}: finished by another process just now; the same command says with "
+                     "what")
+            if args.overwrite or not (folder / "checkpoint.pt").exists():
+                for file in RUN_FILES:
+                    (folder / file).unlink(missing_ok=True)
+            else:
+                config = config | dict(before=places_before(folder, config))
+            write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+        except BaseException:
+            release(folder, lock)
+            raise
     except OSError as error:
         fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
     return lock
@@ -300,7 +336,8 @@ def chance(labels):
     labels = np.asarray(labels)
     counts = np.bincount(labels[labels >= 0])
     share = counts.max() / counts.sum()
-    return float(share + 3 * math.sqrt(share * (1 - share) / counts.sum()))
+    limit = share + 3 * math.sqrt(share * (1 - share) / counts.sum())
+    return float(min(limit, math.nextafter(1, 0)))      # of few labels all right is above it
 
 
 def learned_nothing(history, epochs, limit, classes):

@@ -6,7 +6,6 @@
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
 import flags  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
-import os
 import platform
 import textwrap
 import time
@@ -144,7 +143,7 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
                                                 "its last finished epoch")
     finally:
         if lock is not None:
-            os.close(lock)
+            runs.release(job.folder, lock)
 
 
 def train(args, role, started):

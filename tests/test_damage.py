@@ -2,6 +2,7 @@
 file, and nothing finished is lost.
 """
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ import tiny
 import torch
 
 import common
+import compare
 import distill
 import models
+import readers
 import report
 import runs
 import train_student
@@ -33,6 +36,114 @@ def flipped(data, bit):
 
 
 # ---- damaged files ----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def done(easy, tmp_path_factory):
+    """A finished run with an average, and what its files were."""
+    results = tmp_path_factory.mktemp("done")
+    tiny.run(train_student, easy, results, "--ema-decay", 0.9, epochs=2)
+    return results / RUN
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    shutil.copytree(done.parent.parent, tmp_path / "r")
+    return tmp_path / "r" / RUN
+
+
+def test_damaged_outputs_are_named_or_as_they_were(copy, capsys):
+    """numpy and zlib raise errors of many kinds."""
+    path, own = copy / "test.npz", compare.read_outputs(copy)
+    data, rng, named = path.read_bytes(), np.random.default_rng(0), 0
+    for bit in rng.choice(8 * len(data), 300, replace=False):
+        path.write_bytes(flipped(data, bit))
+        try:
+            found = compare.read_outputs(copy)
+            assert all(np.array_equal(*pair) for pair in zip(found, own, strict=True)), bit
+        except SystemExit as stop:
+            line = capsys.readouterr().err
+            assert stop.code == 2 and line.startswith(f"error: {path}: ") and line.count("\n") == 1
+            named += 1
+    assert named > 50
+    for size in (0, 100):
+        path.write_bytes(data[:size])
+        with pytest.raises(SystemExit):
+            compare.read_outputs(copy)
+    np.savez(path, logits=np.zeros((5, 4)), labels=np.zeros(3))
+    with pytest.raises(SystemExit):
+        compare.read_outputs(copy)
+
+
+def test_outputs_that_were_exchanged_are_not_reported(copy, capsys):
+    np.savez_compressed(copy / "test.npz", logits=np.eye(4, dtype=np.float32),
+                        labels=np.arange(4))
+    tiny.refused(capsys, report, ["--results-dir", copy.parent.parent], copy / "test.npz",
+                 "not as the run left it")
+
+
+def test_a_run_that_was_killed_while_it_ended_writes_its_metrics_again(easy, done, copy):
+    for name in ("final.json", runs.SUMS, "curves.png", "test.npz"):
+        (copy / name).unlink(missing_ok=True)
+    (copy / "metrics.csv").write_text("epoch\n1\n")
+    tiny.run(train_student, easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
+    assert (copy / "metrics.csv").read_bytes() == (done / "metrics.csv").read_bytes()
+    assert runs.altered(copy, ("metrics.csv", "best.pt", "test.npz")) == []
+
+
+@pytest.mark.parametrize("changed", [
+    dict(versions=None), dict(versions="x"), dict(before=7), dict(before={"a": 1})])
+def test_an_odd_config_is_named_where_a_run_goes_on(easy, copy, capsys, changed):
+    for name in ("final.json", runs.SUMS):
+        (copy / name).unlink()
+    path = copy / "config.json"
+    path.write_text(json.dumps(runs.read_json(path) | changed))
+    words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
+    tiny.refused(capsys, train_student, words, path, "damaged", "--overwrite")
+
+
+@pytest.mark.parametrize("changed", [dict(epochs=9), dict(arch="digits-teacher"), None])
+def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
+    """As a second process may leave it that trained in a folder that was removed."""
+    (copy / runs.SUMS).unlink()
+    path = copy / "final.json"
+    path.write_text("[]" if changed is None else json.dumps(runs.read_json(path) | changed))
+    words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
+    tiny.refused(capsys, train_student, words, path, "--overwrite")
+
+
+def test_nothing_is_written_into_a_folder_that_was_made_anew(easy, tmp_path, capsys, monkeypatch):
+    """The folder of a running process is removed, and another process begins there."""
+    whole, folder = runs.write_history, tmp_path / RUN
+
+    def exchanged(path, history):
+        whole(path, history)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(runs, "write_history", exchanged)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder, "removed")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert not runs.HELD
+
+
+def test_arrays_of_another_byte_order_are_made_anew(tmp_path):
+    rng = np.random.default_rng(0)
+    folder, made = tmp_path / "arrays", []
+
+    def read():
+        made.append(1)
+        return {split: (rng.integers(0, 256, (6, 4, 4, 3), np.uint8), np.arange(6) % 2)
+                for split in ("train", "test")}, ["a", "b"]
+
+    readers.cached_arrays(folder, read)
+    readers.cached_arrays(folder, read)
+    assert len(made) == 1
+    path = folder / "train_labels.npy"
+    path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'>i8'"))
+    found, _ = readers.cached_arrays(folder, read)
+    assert len(made) == 2 and found["train_labels"].dtype == np.int64
+
 
 def test_a_flipped_bit_in_a_checkpoint_is_named_or_harmless(easy, tmp_path, capsys):
     """torch alone reads most of them as other weights; nobody is told."""

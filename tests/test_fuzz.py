@@ -211,7 +211,7 @@ def house(stocked, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Image.new("RGB", (1, 1)).save(
         file, "PNG"))
     monkeypatch.setattr(report, "draw_comparison", lambda rows, runs, path, *_: path.touch())
-    monkeypatch.setattr(report, "draw_details", lambda panels, path: path.touch())
+    monkeypatch.setattr(report, "draw_details", lambda panels, path, *_: path.touch())
     yield ["made", "best.pt", *(path.name for path in house.iterdir()), house, house / "best.pt",
            "images/train/blue/0.png", "text/x", "missing/x", "results/digits/teacher-s0", "x" * 255]
     (house / "shut").chmod(0o700)

@@ -76,6 +76,7 @@ LIES = {
     "mean not finite": (lambda card: card | dict(mean=(0.5, 0.5, float("nan"))), "nan"),
     "std of zero": (lambda card: card | dict(std=(0.5, 0.0, 0.5)), "(0.5, 0.0, 0.5)"),
     "no std": (lambda card: card | dict(std=None), "None"),
+    "epoch": (lambda card: card | dict(epoch="<script>"), "epoch '<script>'"),
     "val_fraction": (lambda card: card | dict(val_fraction="much"), "val_fraction 'much'"),
     "labels": (lambda card: card | dict(labels=[1]), "labels [1]"),
     "no weights": (lambda card: card | dict(model=None), "do not fit"),
