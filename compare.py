@@ -42,6 +42,8 @@ COMPARISONS = {  # title -> (row, minus this row, the question that the differen
         "mean-teacher", "student", "does mean teacher help?"),
     "mean teacher, average - alone": (
         "mean-teacher/average", "student", "does it help, where the average is used?"),
+    "mean teacher, no EMA - alone": (
+        "mean-teacher-no-ema", "student", "does consistency help without the EMA?"),
     "mean teacher, student - no EMA": (
         "mean-teacher", "mean-teacher-no-ema", "does the EMA teacher help its student?"),
     "mean teacher, average - no EMA": (
@@ -184,13 +186,17 @@ def add_beside(rows, folder):
     pooled, teachers = {}, {}
     for key, row in rows.items():
         row["beside"] = {}
-        found = [read_outputs(folder / name, row["prefix"]) for name in row["runs"]]
-        if None in found:
+        by_seed = {seed: read_outputs(folder / name, row["prefix"])
+                   for seed, name in zip(row["seeds"], row["runs"], strict=True)}
+        by_seed = {seed: one for seed, one in by_seed.items() if one}      # older runs kept none
+        found = list(by_seed.values())
+        if not found:
             continue
         if key == "teacher":
-            teachers = dict(zip(row["seeds"], found, strict=True))
+            teachers = by_seed
+        row["beside"]["n"] = len(found)
         row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
-        known = [(one[0], teachers[seed][0]) for seed, one in zip(row["seeds"], found, strict=True)
+        known = [(one[0], teachers[seed][0]) for seed, one in by_seed.items()
                  if seed in teachers and len(teachers[seed][0]) == len(one[0])]
         if known and key != "teacher":
             for name, values in zip(("agreement", "divergence"),

@@ -24,7 +24,8 @@ COMPARED_NOTE = ("Points of test accuracy, paired by seed, with the 95 % interva
 # Columns of words; the others hold numbers, and stand to the right.
 LESSER = {"parameters", "multiply-adds", "epochs", "validation %", "test %, last epoch", "question",
           "last epoch: points [95 %]"}
-WORDS = {"question", "verdict", "claim", "printed", "measured here", "or"}
+WORDS = {"question", "verdict", "claim", "printed", "measured here", "or", "advice",
+         "points of test accuracy, measured here"}
 BESIDE_NOTE = ("Calibration error: how far the confidence is from the share that is right, over 15 "
                "bins (Guo et al. 2017). Agreement: the share of test images where student and "
                "teacher say the same class; KL: from the teacher's softmax to the student's, mean "
@@ -118,7 +119,7 @@ def _beside(report):
     """The lines of what accuracy does not say, in the order of BESIDE; none where no run kept its
     outputs."""
     rows = [row for row in report["rows"] if row.get("beside")]
-    return [[row["label"], _percent(row["beside"]["calibration"]),
+    return [[_counted(row), _percent(row["beside"]["calibration"]),
              *((_percent(row["beside"]["agreement"]), _plain(row["beside"]["divergence"]))
                if "agreement" in row["beside"] else "--"),
              *(_class(report, row["beside"]["classes"], which) for which in (min, max))]
@@ -127,6 +128,12 @@ def _beside(report):
 
 def _plain(figure):
     return f"{figure['mean']:.3f}" + ("" if figure["sd"] is None else f" ±{figure['sd']:.3f}")
+
+
+def _counted(row):
+    """A row's label, with how many of its runs kept their outputs where not all did."""
+    n = row["beside"].get("n", len(row["seeds"]))
+    return row["label"] + f" ({n} of {len(row['seeds'])})" * (n < len(row["seeds"]))
 
 
 def _class(report, shares, which):
@@ -219,6 +226,12 @@ def markdown_soak(found):
 def markdown_claims(found):
     """published/claims.json as Markdown."""
     return pipes(("report", "claim", "printed", "measured here", "verdict"),
+                 [list(one.values()) for one in found])
+
+
+def markdown_advice(found):
+    """published/advice.json as Markdown."""
+    return pipes(("choice", "advice", "points of test accuracy, measured here"),
                  [list(one.values()) for one in found])
 
 

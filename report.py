@@ -74,7 +74,8 @@ def build(recipe, results_dir="results"):
     if unfinished:
         notes.append(f"Unfinished, not shown: {', '.join(unfinished)}.")
     classes = config.get("classes") or CLASSES.get(config.get("dataset"))
-    names = config.get("class_names")
+    names = next((run["config"]["class_names"] for run in runs
+                  if "class_names" in run["config"]), None)
     classes = len(classes) if isinstance(classes, list) else classes
     return {"schema": SCHEMA, "recipe": recipe, "settings": made, "rows": list(rows.values()),
             "comparisons": compare(rows), "notes": notes, "unfinished": unfinished,
@@ -159,8 +160,10 @@ def _notes(groups, rows, made, no_gap, silent):
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
-          "claims": render.markdown_claims, "soak": render.markdown_soak, "sweep": None}
-FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "soak")}  # else <recipe>/report.json
+          "claims": render.markdown_claims, "advice": render.markdown_advice,
+          "soak": render.markdown_soak, "sweep": None}
+# ... of which these have a file of their own; the others are in <recipe>/report.json.
+FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "advice", "soak")}
 
 
 # ---------------------------------------------------------------- commands

@@ -59,3 +59,33 @@ def test_the_published_table_is_that_of_the_published_runs():
     for old, new in zip(kept, claims.claims(claims.reports()), strict=True):
         if "points of" in new["measured"] or "not measured" in new["measured"]:
             assert old == new, "stale: make claims readme"
+
+
+# ---- advice -----------------------------------------------------------------------------------
+
+def test_advice_is_held_against_pairs_of_seeds(tmp_path):
+    """By hand: seeds 0 and 2 are in both settings; of a path the number of epochs counts."""
+    folder = tmp_path / "sweeps" / "x"
+    folder.mkdir(parents=True)
+    (folder / "sweep.csv").write_text(
+        "teacher,seed,test_accuracy\nr/epochs=1-s{seed}/best.pt,0,0.5\n"
+        "r/epochs=1-s{seed}/best.pt,2,0.6\nr/epochs=8-s{seed}/best.pt,0,0.52\n"
+        "r/epochs=8-s{seed}/best.pt,2,0.62\nr/epochs=8-s{seed}/best.pt,3,0.1\n")
+    found = claims.swept("x", tmp_path)
+    assert found == {"1": {"0": 0.5, "2": 0.6}, "8": {"0": 0.52, "2": 0.62, "3": 0.1}}
+    assert claims.above("8 - 1:", found["8"], found["1"]) == (
+        "8 - 1: +2.00 (+2.00 to +2.00, n 2)", "helps")
+
+
+def test_a_run_that_changes_a_verdict_stops_the_advice():
+    """Of one comparison alone: what was told as an advantage is none any more."""
+    known = claims.reports()
+    for comparison in known["digits-500-labels"]["comparisons"]:
+        comparison["best"]["verdict"] = "hurts"
+    with pytest.raises(ValueError, match="write it anew"):
+        claims.advice(known)
+
+
+def test_the_published_advice_is_that_of_the_published_runs():
+    kept = json.loads((claims.PUBLISHED / "advice.json").read_text())
+    assert kept == claims.advice(claims.reports()), "stale: make claims readme"

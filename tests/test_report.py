@@ -97,6 +97,7 @@ def test_three_seeds_by_hand(tmp_path):
         "kd-only - kd": (0, half, "cannot tell"),                    # 1, -1, 0
         "mean teacher, student - alone": (2, 0, "helps"),    # 2, 2, 2
         "mean teacher, average - alone": (4, half, "helps"), # 3, 4, 5
+        "mean teacher, no EMA - alone": (0, half, "cannot tell"),    # 1, 0, -1
         "mean teacher, student - no EMA": (2, half, "cannot tell"),  # 1, 2, 3
         "mean teacher, average - no EMA": (4, 2 * half, "cannot tell"),  # 2, 4, 6
         "average - its student": (2, half, "cannot tell"),           # 1, 2, 3
@@ -291,7 +292,8 @@ def test_networks_of_different_size_are_not_compared(tmp_path):
     make_run(tmp_path, "mean-teacher-no-ema-s0", 0, 71)
     found = compared(numbers(tmp_path))
     assert {title: round(entry["best"]["mean"], 6) for title, entry in found.items()} == {
-        "kd-only - student alone": 4, "mean teacher, average - teacher": 3,
+        "kd-only - student alone": 4, "mean teacher, no EMA - alone": 1,
+        "mean teacher, average - teacher": 3,
         "average - its student": 2, "student alone - teacher": -10}
 
 
