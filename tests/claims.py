@@ -227,6 +227,12 @@ def advice(known):
          "teacher is good, the exact value is lost in the noise of seeds. α = 1 (kd-only) needs no "
          "labels at all.", "cannot tell, cannot tell, cannot tell",
          chosen("distill-alpha", ("0.3", "0"), ("1", "0"), ("0.9", "0.3"))),
+        ("how good a teacher", "Well above the student alone: at α = 0.9 a worse one pulls it "
+         "down to its own level. Beyond a good one, more epochs of the teacher were not told apart.",
+         "hurts, hurts, cannot tell, cannot tell",
+         [above(f"kd from a teacher of {n} epochs - alone:", swept("epochs-student")[n],
+                swept("labels-student")["all"]) for n in ("1", "2", "4")]
+         + chosen("epochs-student", ("16", "8"))),
         ("λ, the labels' weight in mean teacher", "0.1 to 0.9 do the same; far below, the labels "
          "are not learned. Few labels: begin with 0.1 and look at the classes' loss.",
          "helps, cannot tell", chosen("lambda", ("0.1", "0.02"), ("0.9", "0.1"))),

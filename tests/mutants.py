@@ -43,7 +43,8 @@ BATCHES = tests("processes", "shares_of_a_batch") + tests(
 LABELS = tests("data", "labels", "no_more_labels", "the_seed_chooses")
 START = tests("models", "init_against", "deviation", "batch_norm_starts", "the_same_seed")
 PAIRS = tests("report", "interval", "three_seeds", "pairs_share", "two_seeds", "one_seed",
-              "no_conclusion", "only_the_row", "no_gap", "networks_of_different")
+              "no_conclusion", "only_the_row", "no_gap", "networks_of_different",
+              "a_seed_that_is", "seeds_with_other")
 BESIDE = tests("report", "calibration", "confusion", "agreement")
 TARGETS = {
     "distill": dict.fromkeys((
@@ -66,7 +67,8 @@ TARGETS = {
         "INITS": START, "initialise_": START,
         "count_macs": tests("models", "multiply_adds_against", "counting_multiply_adds")},
     "compare": {
-        **dict.fromkeys(("_figure", "interval", "compare", "_difference", "add_gaps"), PAIRS),
+        **dict.fromkeys(("_figure", "interval", "compare", "_difference", "add_gaps", "mixed"),
+                        PAIRS),
         "verdict": tests("report", "verdict"), **dict.fromkeys((
             "BINS", "log_softmax", "calibration", "confusion", "against"), BESIDE)},
     "calc": {"output_size": tests("calc", "output_size", "last_window")},

@@ -338,6 +338,8 @@ def test_chance_is_three_standard_errors_above_the_largest_class():
     labels = torch.tensor([0] * 30 + [1] * 10 + [-1] * 60)      # unlabelled rows do not count
     assert runs.chance(labels) == pytest.approx(0.75 + 3 * math.sqrt(0.75 * 0.25 / 40))
     assert runs.chance(torch.arange(1000) % 10) == pytest.approx(0.1 + 3 * math.sqrt(9e-5))
+    # Of few labels 3 standard errors are more than all: all right is above it, one wrong is not.
+    assert 7 / 8 < runs.chance([0, 1] * 4) < 1
 
 
 def test_the_warning_after_a_third_of_the_epochs():

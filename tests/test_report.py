@@ -171,12 +171,14 @@ def test_a_seed_that_is_in_no_pair_decides_nothing(tmp_path):
     assert before["comparisons"] == after["comparisons"]
     assert rows_of(before)["kd"]["gap"] == rows_of(after)["kd"]["gap"] is not None
     assert any("student-s3" in note for note in after["notes"])
+    assert not any("No gap" in note for note in after["notes"])
 
 
 def test_seeds_with_other_settings_are_not_one_row(tmp_path):
     make_six(tmp_path, 2, only=("teacher", "student", "kd"), temperature=4.0)
     make_run(tmp_path, "kd-s2", 2, 74, temperature=1.0)
-    make_run(tmp_path, "student-s2", 2, 72, temperature=4.0)
+    # On another day, from another folder: the same setting.
+    make_run(tmp_path, "student-s2", 2, 72, temperature=4.0, date="2027-01-01", data_dir="else")
     result = numbers(tmp_path)
     said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
     assert said == {"kd - student alone": "no conclusion", "student alone - teacher": "hurts"}
