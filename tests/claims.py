@@ -228,7 +228,8 @@ def advice(known):
          "labels at all.", "cannot tell, cannot tell, cannot tell",
          chosen("distill-alpha", ("0.3", "0"), ("1", "0"), ("0.9", "0.3"))),
         ("how good a teacher", "Well above the student alone: at α = 0.9 a worse one pulls it "
-         "down to its own level. Beyond a good one, more epochs of the teacher were not told apart.",
+         "down to its own level. Beyond a good one, more epochs of the teacher were not told "
+         "apart.",
          "hurts, hurts, cannot tell, cannot tell",
          [above(f"kd from a teacher of {n} epochs - alone:", swept("epochs-student")[n],
                 swept("labels-student")["all"]) for n in ("1", "2", "4")]
