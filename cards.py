@@ -6,6 +6,7 @@ import reprlib
 
 import torch
 
+from decode import FITS
 from runs import METRICS, SCHEMA
 
 
@@ -31,10 +32,16 @@ def absurd(card, choices):
         return f"has no names for its {show(spec['num_classes'])} classes but {show(classes)}"
     if not numbers(card["mean"], -math.inf) or not numbers(card["std"], 1e-6):
         return f"normalises by {show(card['mean'])} and {show(card['std'])}, not by 3 numbers each"
+    if not isinstance(card.get("fit", "resize"), str) or card.get("fit", "resize") not in FITS:
+        return f"has fit {show(card['fit'])}; known are {', '.join(FITS)}"
+    if not isinstance(card.get("recipe", "digits"), str):
+        return f"has recipe {show(card['recipe'])}"
     for key, kinds in (("val_fraction", (int, float)), ("labels", (int, type(None))),
                        ("epoch", (int, type(None))), ("ema_epoch", (int, type(None)))):
-        if not isinstance(card.get(key, 0), kinds):
-            return f"has {key} {show(card[key])}"
+        value = card.get(key)
+        if key in card and (type(value) not in kinds or "epoch" in key and value is not None
+                            and not 1 <= value <= 10**6):
+            return f"has {key} {show(value)}"
     return None
 
 

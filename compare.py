@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail, plain
-from runs import FACTS, FREE, METRICS, SCHEMA, altered
+from runs import FACTS, FREE, METRICS, SCHEMA, altered, this_version
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -87,9 +87,9 @@ def _read_run(folder):
     except (OSError, TypeError, ValueError) as error:
         fail(f"{path}: missing or cut short ({error}); {way_out}")
     for file, facts in (("config.json", config), ("final.json", final)):
-        if facts.get("schema", SCHEMA) != SCHEMA:
+        if not this_version(facts.get("schema", SCHEMA)):
             fail(f"{folder / file}: written by another version of these scripts (schema "
-                 f"{facts['schema']}, now {SCHEMA}); {way_out}")
+                 f"{facts['schema']!r}, now {SCHEMA}); {way_out}")
     for key in (*NUMBERS, "learned", "device", "precision", "torch"):
         if key not in final:
             fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
@@ -109,6 +109,8 @@ def _plausible(key, value):
     if key not in NUMBERS:
         return isinstance(value, bool if key == "learned" else str)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key in ("seed", "epochs", "parameters", "macs"):
+        return type(value) is int and value >= 0
     return number and (not key.endswith("accuracy") or 0 <= value <= 1)
 
 

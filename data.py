@@ -87,8 +87,9 @@ def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_siz
     train split's. skip_bad: leave out, count and list image files that cannot be decoded. A
     published set that is not in data_dir is downloaded.
     """
-    if name not in DATASETS:
-        fail(f"unknown data set {name!r}; choose from: {', '.join(DATASETS)}")
+    for what, value, known in (("data set", name, DATASETS), ("fit", fit, decode.FITS)):
+        if value not in known:      # a part of paths, too
+            fail(f"unknown {what} {value!r}; choose from: {', '.join(known)}")
     side = SIDES.get(name, image_size or 32)
     if image_size not in (None, side):
         fail(f"--image-size {image_size}: {name} is {side}×{side}; leave it out")

@@ -192,9 +192,10 @@ def kept_outputs(teacher, card, job, stream):
     # Of two runs at once one computes; of one run's processes each its share of the views.
     with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
         wait()
-        if not summed(torch.tensor(int(rank() == 0 and whole_cache(folder, key) is not None))):
+        there = rank() == 0 and whole_cache(folder, key, shape) is not None
+        if not summed(torch.tensor(int(there))):
             fill(folder, key, shape, teacher, train, stream, args.precision)
-        path = whole_cache(folder, key)
+        path = whole_cache(folder, key, shape)
     table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
@@ -202,11 +203,14 @@ def kept_outputs(teacher, card, job, stream):
     return lambda batch: table[batch.epoch % views, batch.rows.to(table.device)].to(job.device)
 
 
-def whole_cache(folder, key):
+def whole_cache(folder, key, shape):
     """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
     for path in folder.glob(f"{key}-*.npy"):
-        if path.stem.endswith(f"-{runs.crc(path):08x}"):
-            return path
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            table = np.load(path, mmap_mode="r")
+            if (path.stem.endswith(f"-{runs.crc(path):08x}") and table.shape == shape
+                    and table.dtype in (np.int16, np.float32) and table.dtype.isnative):
+                return path
         flags.say(f"{path}: cut short or damaged, made anew")
         path.unlink(missing_ok=True)
     return None

@@ -72,8 +72,12 @@ def read_config(file):
              "whole folder of a run, or pictures of your own: look.py predict RUN IMAGE")
     config = read_json(path)
     for key in ("dataset", "data_dir", "data_key"):
-        if not isinstance(config, dict) or key not in config:
+        if key not in config:
             fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
+    for key in ("dataset", "data_dir", "data_key", "teacher", "teacher_sha256"):
+        if not isinstance(config.get(key, ""), str | None):
+            fail(f"{path}: {key} is {config[key]!r}, no text; train this run again with "
+                 "--overwrite")
     return config
 
 

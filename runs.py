@@ -91,6 +91,10 @@ def crc(path):
 
 def write_final(folder, final):
     """Write final.json, the last file of a run, and before it the checksums of all its files."""
+    for name in ("config.json", "best.pt"):
+        if not (folder / name).exists():
+            fail(f"{folder / name}: was removed while the run was under way; run it again with "
+                 "--overwrite")
     data = json.dumps(final, indent=1).encode() + b"\n"
     sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)
             if path.exists() and path.name not in (SUMS, "final.json")} | {
@@ -138,6 +142,11 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError, RecursionError) as error:
         fail(f"{path}: cannot be read ({error}); remove its folder, or add --overwrite")
+
+
+def this_version(schema):
+    """Return whether a file's schema is one that these scripts know; True and 1.0 are not."""
+    return type(schema) is int and schema == SCHEMA
 
 
 def short(value):
@@ -216,9 +225,9 @@ def open_run(args, config, name, held=False):
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
         had = read_json(folder / "config.json")     # a flag that is newer had its default
-        if had.get("schema") != SCHEMA:
+        if not this_version(had.get("schema")):
             fail(f"{folder}: written by another version of these scripts "
-                 f"(schema {had.get('schema')}, now {SCHEMA}); {ways}")
+                 f"(schema {had.get('schema')!r}, now {SCHEMA}); {ways}")
         skip = FREE | FACTS
         now = json.loads(json.dumps(config))
         # ... and a fact that is newer was not asked about.
@@ -236,7 +245,14 @@ def open_run(args, config, name, held=False):
         fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
     if finished:
         final = read_json(folder / "final.json")
-        odd = [key for key in ("recipe", "arch", "epochs", "seed") if final.get(key) != config[key]]
+        if not this_version(final.get("schema", SCHEMA)):
+            fail(f"{folder / 'final.json'}: written by another version of these scripts "
+                 f"(schema {final['schema']!r}, now {SCHEMA}); {ways}")
+        if type(final.get("test_accuracy")) is not float:
+            fail(f"{folder / 'final.json'}: test_accuracy {final.get('test_accuracy')!r} is no "
+                 f"accuracy: damaged; {ways}")
+        odd = [key for key in ("recipe", "arch", "epochs", "seed") if final.get(key) != config[key]
+               or type(final[key]) is not type(config[key])]
         if odd:
             fail(f"{folder / 'final.json'}: {odd[0]} {final.get(odd[0])!r}, where config.json says "
                  f"{config[odd[0]]!r}: of another run, or damaged; {ways}")

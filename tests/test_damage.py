@@ -19,6 +19,7 @@ import torch
 import common
 import compare
 import distill
+import look
 import models
 import readers
 import report
@@ -101,7 +102,9 @@ def test_an_odd_config_is_named_where_a_run_goes_on(easy, copy, capsys, changed)
     tiny.refused(capsys, train_student, words, path, "damaged", "--overwrite")
 
 
-@pytest.mark.parametrize("changed", [dict(epochs=9), dict(arch="digits-teacher"), None])
+@pytest.mark.parametrize("changed", [
+    dict(epochs=9), dict(arch="digits-teacher"), None, dict(epochs=2.0), dict(schema=True),
+    dict(schema=0), dict(test_accuracy="x")])
 def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
     """As a second process may leave it that trained in a folder that was removed."""
     (copy / runs.SUMS).unlink()
@@ -109,6 +112,50 @@ def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
     path.write_text("[]" if changed is None else json.dumps(runs.read_json(path) | changed))
     words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
     tiny.refused(capsys, train_student, words, path, "--overwrite")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "config.json"])
+def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, monkeypatch, name):
+    whole, folder = runs.write_outputs, tmp_path / RUN
+
+    def removed(*what):
+        (folder / name).unlink()
+        whole(*what)
+
+    monkeypatch.setattr(runs, "write_outputs", removed)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder / name, "--overwrite")
+    assert not (folder / "final.json").exists()
+
+
+@pytest.mark.parametrize("changed", [dict(epochs=2.0), dict(schema=True), dict(schema="1")])
+def test_a_report_names_odd_numbers(copy, capsys, changed):
+    (copy / runs.SUMS).unlink()
+    path = copy / "final.json"
+    path.write_text(json.dumps(runs.read_json(path) | changed))
+    tiny.refused(capsys, report, ["--results-dir", copy.parent.parent], path)
+
+
+@pytest.mark.parametrize("changed", [
+    dict(dataset=["x"]), dict(data_dir=5), dict(teacher=5, teacher_sha256="a" * 64)])
+def test_a_page_names_an_odd_config(copy, capsys, changed):
+    path = copy / "config.json"
+    path.write_text(json.dumps(runs.read_json(path) | changed))
+    tiny.refused(capsys, look, [copy], path, "no text")
+
+
+@pytest.mark.parametrize("table", [
+    np.zeros((1, 6, 4), np.float32), np.zeros((2, 6, 4), ">f4"),
+    np.zeros((2, 6, 4), object), None])
+def test_outputs_of_a_teacher_that_fit_their_sum_alone(tmp_path, capsys, table):
+    """Made by hand: the sum is right, and the content is none."""
+    aside = tmp_path / "aside.npy"
+    good = np.ones((2, 6, 4), np.float32)
+    np.save(aside, good if table is None else table, allow_pickle=True)
+    path = tmp_path / f"key-{runs.crc(aside):08x}.npy"
+    aside.rename(path)
+    found = distill.whole_cache(tmp_path, "key", (2, 6, 4))
+    assert (found == path) is path.exists() is (table is None)
+    assert ("made anew" in capsys.readouterr().out) is (table is not None)
 
 
 def test_nothing_is_written_into_a_folder_that_was_made_anew(easy, tmp_path, capsys, monkeypatch):

@@ -77,6 +77,11 @@ LIES = {
     "std of zero": (lambda card: card | dict(std=(0.5, 0.0, 0.5)), "(0.5, 0.0, 0.5)"),
     "no std": (lambda card: card | dict(std=None), "None"),
     "epoch": (lambda card: card | dict(epoch="<script>"), "epoch '<script>'"),
+    "epoch below 1": (lambda card: card | dict(epoch=-5), "epoch -5"),
+    "epoch of truth": (lambda card: card | dict(ema_epoch=True), "ema_epoch True"),
+    "fit is a path": (lambda card: card | dict(fit="x/../../../out/evil"), "fit 'x/../../../out"),
+    "fit is a list": (lambda card: card | dict(fit=["resize"]), "fit ['resize']"),
+    "recipe": (lambda card: card | dict(recipe=7), "recipe 7"),
     "val_fraction": (lambda card: card | dict(val_fraction="much"), "val_fraction 'much'"),
     "labels": (lambda card: card | dict(labels=[1]), "labels [1]"),
     "no weights": (lambda card: card | dict(model=None), "do not fit"),
@@ -125,7 +130,7 @@ def test_an_average_that_is_not_there(card, tmp_path, capsys):
 def test_a_card_that_does_not_say_how_images_fit(card, easy, tmp_path, capsys, fit):
     common.save_checkpoint(tmp_path / "best.pt", card | dict(fit=fit))
     tiny.refused(capsys, look, ["predict", tmp_path, easy / "test/red/0.png"], tmp_path,
-                 "brought to its size")
+                 f"fit {fit!r}")
 
 
 class Code:
