@@ -192,8 +192,7 @@ def kept_outputs(teacher, card, job, stream):
     # Of two runs at once one computes; of one run's processes each its share of the views.
     with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
         wait()
-        there = rank() == 0 and whole_cache(folder, key, shape) is not None
-        if not summed(torch.tensor(int(there))):
+        if not summed(torch.tensor(int(not rank() and bool(whole_cache(folder, key, shape))))):
             fill(folder, key, shape, teacher, train, stream, args.precision)
         path = whole_cache(folder, key, shape)
     table = data.tensor(np.load(path, mmap_mode="r"))
@@ -222,6 +221,7 @@ def fill(folder, key, shape, teacher, train, stream, precision):
     aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
     bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.part"):       # of a process that was killed
             old.unlink(missing_ok=True)
         np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)

@@ -308,9 +308,10 @@ def unpack(archive, folder):
         aside.mkdir(parents=True)
         (unzip if archive.suffix == ".zip" else untar)(archive, aside)
         os.rename(aside / folder, archive.with_name(folder))
-    except Exception as error:      # damaged archives raise nearly any kind
-        fail(f"{archive}: cannot be unpacked ({why(error)}); free some space if that is what is "
-             "missing, else remove the archive, and it is downloaded again")
+    except Exception as error:      # the disk's, or what damaged archives raise: nearly any kind
+        way_out = ("free some space, if that is what is missing" if getattr(error, "errno", None)
+                   else "remove the archive, and it is downloaded again")
+        fail(f"{archive}: cannot be unpacked ({why(error)}); {way_out}")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

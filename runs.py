@@ -306,7 +306,8 @@ def begin_run(args, folder, config):
             release(folder, lock)
             raise
     except OSError as error:
-        fail(f"{folder}: cannot be made or written ({error.strerror}); give another --results-dir")
+        fail(f"{error.filename or folder}: cannot be made or written ({error.strerror}); mend "
+             "that, or give another --results-dir")
     return lock
 
 
