@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail, plain
-from runs import FACTS, FREE, METRICS, SCHEMA, altered, this_version
+from runs import FACTS, FREE, METRICS, SCHEMA, altered, is_accuracy, this_version
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ def _plausible(key, value):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if key in ("seed", "epochs", "parameters", "macs"):
         return type(value) is int and value >= 0
-    return number and (not key.endswith("accuracy") or 0 <= value <= 1)
+    return is_accuracy(value) if key.endswith("accuracy") else number
 
 
 def group_runs(runs):
@@ -217,6 +217,8 @@ def read_outputs(folder, prefix=""):
     AVERAGES."""
     try:
         with np.load(folder / "test.npz") as file:
+            if not {*file} <= {"logits", "labels", "ema_logits"}:
+                raise ValueError(f"holds {', '.join(file)}")
             if prefix and f"{prefix}logits" not in file:
                 return None
             logits, labels = file[f"{prefix}logits"], file["labels"]

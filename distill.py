@@ -32,6 +32,8 @@ import runs
 from device import guard, processor, rank, share, silent, summed, wait
 from train_student import CHOICES, announce, detail, prepare, run
 
+STORED = {"bf16": np.int16, "fp32": np.float32}     # NumPy has no bf16: its bits are kept
+
 # ---- losses -----------------------------------------------------------------------------------
 
 def kd_loss(student_logits, teacher_logits, labels, temperature, alpha):
@@ -187,14 +189,14 @@ def kept_outputs(teacher, card, job, stream):
         stream=stream, batch=train.step_size, device=processor(job.device),
         deterministic=args.deterministic, precision=args.precision, torch=torch.__version__,
         threads=torch.get_num_threads(), code=hashlib.sha256(code).hexdigest())
-    shape = views, len(train), len(card["classes"])
+    form = shape, _ = (views, len(train), len(card["classes"])), STORED[args.precision]
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     # Of two runs at once one computes; of one run's processes each its share of the views.
     with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
         wait()
-        if not summed(torch.tensor(int(not rank() and bool(whole_cache(folder, key, shape))))):
+        if not summed(torch.tensor(int(not rank() and bool(whole_cache(folder, key, *form))))):
             fill(folder, key, shape, teacher, train, stream, args.precision)
-        path = whole_cache(folder, key, shape)
+        path = whole_cache(folder, key, *form)
     table = data.tensor(np.load(path, mmap_mode="r"))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
@@ -202,13 +204,12 @@ def kept_outputs(teacher, card, job, stream):
     return lambda batch: table[batch.epoch % views, batch.rows.to(table.device)].to(job.device)
 
 
-def whole_cache(folder, key, shape):
+def whole_cache(folder, key, shape, kind):
     """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
     for path in folder.glob(f"{key}-*.npy"):
         with contextlib.suppress(OSError, ValueError, EOFError):
-            table = np.load(path, mmap_mode="r")
-            if (path.stem.endswith(f"-{runs.crc(path):08x}") and table.shape == shape
-                    and table.dtype in (np.int16, np.float32) and table.dtype.isnative):
+            table, told = np.load(path, mmap_mode="r"), f"-{runs.crc(path):08x}"
+            if (table.shape, table.dtype) == (shape, kind) and path.stem.endswith(told):
                 return path
         flags.say(f"{path}: cut short or damaged, made anew")
         path.unlink(missing_ok=True)
@@ -219,12 +220,11 @@ def whole_cache(folder, key, shape):
 def fill(folder, key, shape, teacher, train, stream, precision):
     """Write the teacher's logits for every view of every train image, (V, N, classes)."""
     aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
-    bf16 = precision == "bf16"      # NumPy has no such type: its bits are kept as int16
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.part"):       # of a process that was killed
             old.unlink(missing_ok=True)
-        np.lib.format.open_memmap(aside, "w+", np.int16 if bf16 else np.float32, shape)
+        np.lib.format.open_memmap(aside, "w+", STORED[precision], shape)
         runs.reserve(aside)
     wait()
     table, mine = np.lib.format.open_memmap(aside, "r+"), share(views)
@@ -237,8 +237,8 @@ def fill(folder, key, shape, teacher, train, stream, precision):
                 rows = torch.arange(start, start + size).clamp(max=n - 1)      # a padded tail
                 with common.autocast(train.device, precision):
                     logits = teacher(train.look(rows, draw))[:n - start]
-                logits = logits.bfloat16().view(torch.int16) if bf16 else logits.float()
-                table[view, start:start + size] = logits.cpu().numpy()
+                row = logits.float() if precision == "fp32" else logits.bfloat16().view(torch.int16)
+                table[view, start:start + size] = row.cpu().numpy()
                 bar.update(len(logits))
     table.flush()
     wait()

@@ -75,7 +75,8 @@ def read_config(file):
         if key not in config:
             fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
     for key in ("dataset", "data_dir", "data_key", "teacher", "teacher_sha256"):
-        if not isinstance(config.get(key, ""), str | None):
+        kinds = str | None if key.startswith("teacher") else str
+        if not isinstance(config.get(key, ""), kinds):
             fail(f"{path}: {key} is {config[key]!r}, no text; train this run again with "
                  "--overwrite")
     return config
@@ -84,7 +85,7 @@ def read_config(file):
 def test_split(config, card, file, data_dir=None):
     """Return the test split that a run was scored on; refuse other images, by their key."""
     data_dir, size = data_dir or config["data_dir"], card["build"]["image_shape"][1]
-    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card["fit"],
+    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card.get("fit", "resize"),
                        skip_bad=bool(config.get("skip_bad")))
     if splits.key != config["data_key"]:
         fail(f"{data_dir}: not the images of {file} (data key {short(splits.key)}, in its "

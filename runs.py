@@ -149,6 +149,11 @@ def this_version(schema):
     return type(schema) is int and schema == SCHEMA
 
 
+def is_accuracy(value):
+    """Return whether a value from a file may be an accuracy: a float from 0 to 1."""
+    return type(value) is float and 0 <= value <= 1
+
+
 def short(value):
     """Return a value as text; twelve characters are enough of a hash."""
     text = str(value)
@@ -248,7 +253,7 @@ def open_run(args, config, name, held=False):
         if not this_version(final.get("schema", SCHEMA)):
             fail(f"{folder / 'final.json'}: written by another version of these scripts "
                  f"(schema {final['schema']!r}, now {SCHEMA}); {ways}")
-        if type(final.get("test_accuracy")) is not float:
+        if not is_accuracy(final.get("test_accuracy")):
             fail(f"{folder / 'final.json'}: test_accuracy {final.get('test_accuracy')!r} is no "
                  f"accuracy: damaged; {ways}")
         odd = [key for key in ("recipe", "arch", "epochs", "seed") if final.get(key) != config[key]

@@ -70,9 +70,10 @@ def test_damaged_outputs_are_named_or_as_they_were(copy, capsys):
         path.write_bytes(data[:size])
         with pytest.raises(SystemExit):
             compare.read_outputs(copy)
-    np.savez(path, logits=np.zeros((5, 4)), labels=np.zeros(3))
-    with pytest.raises(SystemExit):
-        compare.read_outputs(copy)
+    for odd in (dict(labels=np.zeros(3)), dict(labels=np.zeros(5), ema_logitt=np.zeros((5, 4)))):
+        np.savez(path, logits=np.zeros((5, 4)), **odd)
+        with pytest.raises(SystemExit):
+            compare.read_outputs(copy)
 
 
 def test_outputs_that_were_exchanged_are_not_reported(copy, capsys):
@@ -104,7 +105,7 @@ def test_an_odd_config_is_named_where_a_run_goes_on(easy, copy, capsys, changed)
 
 @pytest.mark.parametrize("changed", [
     dict(epochs=9), dict(arch="digits-teacher"), None, dict(epochs=2.0), dict(schema=True),
-    dict(schema=0), dict(test_accuracy="x")])
+    dict(schema=0), dict(test_accuracy="x"), dict(test_accuracy=1), dict(test_accuracy=5.0)])
 def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
     """As a second process may leave it that trained in a folder that was removed."""
     (copy / runs.SUMS).unlink()
@@ -136,7 +137,8 @@ def test_a_report_names_odd_numbers(copy, capsys, changed):
 
 
 @pytest.mark.parametrize("changed", [
-    dict(dataset=["x"]), dict(data_dir=5), dict(teacher=5, teacher_sha256="a" * 64)])
+    dict(dataset=["x"]), dict(data_dir=5), dict(data_dir=None),
+    dict(teacher=5, teacher_sha256="a" * 64)])
 def test_a_page_names_an_odd_config(copy, capsys, changed):
     path = copy / "config.json"
     path.write_text(json.dumps(runs.read_json(path) | changed))
@@ -145,7 +147,7 @@ def test_a_page_names_an_odd_config(copy, capsys, changed):
 
 @pytest.mark.parametrize("table", [
     np.zeros((1, 6, 4), np.float32), np.zeros((2, 6, 4), ">f4"),
-    np.zeros((2, 6, 4), object), None])
+    np.zeros((2, 6, 4), object), np.zeros((2, 6, 4), np.int16), None])
 def test_outputs_of_a_teacher_that_fit_their_sum_alone(tmp_path, capsys, table):
     """Made by hand: the sum is right, and the content is none."""
     aside = tmp_path / "aside.npy"
@@ -153,7 +155,7 @@ def test_outputs_of_a_teacher_that_fit_their_sum_alone(tmp_path, capsys, table):
     np.save(aside, good if table is None else table, allow_pickle=True)
     path = tmp_path / f"key-{runs.crc(aside):08x}.npy"
     aside.rename(path)
-    found = distill.whole_cache(tmp_path, "key", (2, 6, 4))
+    found = distill.whole_cache(tmp_path, "key", (2, 6, 4), np.float32)
     assert (found == path) is path.exists() is (table is None)
     assert ("made anew" in capsys.readouterr().out) is (table is not None)
 
