@@ -7,7 +7,7 @@ import reprlib
 import torch
 
 from decode import FITS
-from runs import METRICS, SCHEMA
+from runs import METRICS, SCHEMA, this_version
 
 
 def absurd(card, choices):
@@ -71,8 +71,7 @@ def unsound(state, settings, networks, optimizer, epochs):
     settings: the run's hash, which a run of before there was one lacks; networks: name -> module;
     epochs: how many the run is to have.
     """
-    if not isinstance(state, dict) or type(state.get("schema")) is not int or (
-            state["schema"] != SCHEMA):
+    if not isinstance(state, dict) or not this_version(state.get("schema")):
         return f"not of this version of the scripts (schema {SCHEMA})"
     if state.get("settings", settings) != settings:
         return "of a run with other settings than those in its config.json"

@@ -188,17 +188,17 @@ def add_beside(rows, folder):
     pooled, teachers = {}, {}
     for key, row in rows.items():
         row["beside"] = {}
-        by_seed = {seed: read_outputs(folder / name, row["prefix"])
+        kept = {seed: read_outputs(folder / name, row["prefix"])
                    for seed, name in zip(row["seeds"], row["runs"], strict=True)}
-        by_seed = {seed: one for seed, one in by_seed.items() if one}      # older runs kept none
-        found = list(by_seed.values())
+        kept = {seed: one for seed, one in kept.items() if one}      # older runs kept none
+        found = list(kept.values())
         if not found:
             continue
         if key == "teacher":
-            teachers = by_seed
+            teachers = kept
         row["beside"]["n"] = len(found)
         row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
-        known = [(one[0], teachers[seed][0]) for seed, one in by_seed.items()
+        known = [(one[0], teachers[seed][0]) for seed, one in kept.items()
                  if seed in teachers and len(teachers[seed][0]) == len(one[0])]
         if known and key != "teacher":
             for name, values in zip(("agreement", "divergence"),

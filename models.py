@@ -17,7 +17,7 @@ import cards
 import device
 from common import load_checkpoint
 from flags import fail
-from runs import SCHEMA
+from runs import SCHEMA, this_version
 
 # A line a network. channels, kernels, paddings: a number for each conv, all of stride 1. pools:
 # the convs, counted from 1, that a 2×2 pool with stride 2 follows. hidden: widths of the fully
@@ -190,7 +190,7 @@ def load(path, average=False):
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
     schema = card.get("schema")
-    if type(schema) is not int or schema != SCHEMA:
+    if not this_version(schema):
         fail(f"{path}: written by another version of these scripts (schema {reprlib.repr(schema)}, "
              f"now {SCHEMA}); train it again")
     weights = card.get("ema") if average else card["model"]

@@ -21,9 +21,10 @@ BESIDE = ("run", "calibration error %", "agreement with teacher %", "KL to teach
 MOST_CLASSES = 20       # of which each gets a column
 COMPARED_NOTE = ("Points of test accuracy, paired by seed, with the 95 % interval of Student's t. "
                  "Where it holds 0, and with one seed, the runs cannot tell.")
-# Columns of words; the others hold numbers, and stand to the right.
+# Columns that a narrow screen leaves out.
 LESSER = {"parameters", "multiply-adds", "epochs", "validation %", "test %, last epoch", "question",
           "last epoch: points [95 %]"}
+# Columns of words; the others hold numbers, and stand to the right.
 WORDS = {"question", "verdict", "claim", "printed", "measured here", "or", "advice",
          "points of test accuracy, measured here"}
 BESIDE_NOTE = ("Calibration error: how far the confidence is from the share that is right, over 15 "

@@ -266,7 +266,7 @@ def open_run(args, config, name, held=False):
     if not args.resume and any(folder.iterdir()):
         fail(f"{folder}: an unfinished run; add --resume to go on from its last finished epoch, "
              "or --overwrite to start again")
-    wrong = (folder / "checkpoint.pt").exists() and damage(folder / "checkpoint.pt")
+    wrong = not held and (folder / "checkpoint.pt").exists() and damage(folder / "checkpoint.pt")
     if wrong:
         fail(f"{folder / 'checkpoint.pt'}: {wrong}")
     return folder, None

@@ -101,6 +101,12 @@ def reports(folder=PUBLISHED):
             for path in sorted(Path(folder).glob("*/report.json"))}
 
 
+def points(title, mean, low, high, n):
+    """A difference and its interval in words."""
+    bounds = "one seed" if low is None else f"{low:+.2f} to {high:+.2f}, n {n}"
+    return f"{title} {mean:+.2f} ({bounds})"
+
+
 def compared(known, title, sign, words=("holds", "the reverse holds")):
     """Return (what every recipe measured, the verdict on a claim that the difference has a sign).
     """
@@ -109,9 +115,7 @@ def compared(known, title, sign, words=("holds", "the reverse holds")):
         entry = next((c["best"] for c in report["comparisons"] if c["title"] == title), None)
         if not entry or not entry["n"] or entry["verdict"] == "no conclusion":
             continue
-        bounds = "one seed" if entry["low"] is None else (
-            f"{entry['low']:+.2f} to {entry['high']:+.2f}, n {entry['n']}")
-        texts.append(f"{recipe} {entry['mean']:+.2f} ({bounds})")
+        texts.append(points(recipe, entry["mean"], entry["low"], entry["high"], entry["n"]))
         told = entry["verdict"]
         if told != "cannot tell":
             told = words[(told == "helps") != (sign > 0)]
@@ -194,8 +198,7 @@ def above(title, ours, theirs):
     """Return (points of test accuracy by which one setting is above another, the verdict)."""
     seeds = sorted(ours.keys() & theirs.keys())
     mean, low, high = compare.interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])
-    bounds = "one seed" if low is None else f"{low:+.2f} to {high:+.2f}, n {len(seeds)}"
-    return f"{title} {mean:+.2f} ({bounds})", compare.verdict(low, high)
+    return points(title, mean, low, high, len(seeds)), compare.verdict(low, high)
 
 
 def chosen(name, *pairs, unit=""):
@@ -209,9 +212,8 @@ def in_report(known, title, *recipes):
     found = []
     for recipe in recipes:
         entry = next(c["best"] for c in known[recipe]["comparisons"] if c["title"] == title)
-        bounds = "one seed" if entry["low"] is None else (
-            f"{entry['low']:+.2f} to {entry['high']:+.2f}, n {entry['n']}")
-        found.append((f"{recipe}, {title}: {entry['mean']:+.2f} ({bounds})", entry["verdict"]))
+        found.append((points(f"{recipe}, {title}:", entry["mean"], entry["low"], entry["high"],
+                             entry["n"]), entry["verdict"]))
     return found
 
 
