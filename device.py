@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from flags import again, fail, say
+from flags import ENDINGS, again, fail, say
 
 
 def pick_device(name="auto"):
@@ -169,6 +169,8 @@ def join(device):
         # Hours, for one may compute the teacher's outputs, or decode images, while others wait.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=12))
+        # Else gloo's threads may hold tensors when Python is taken apart, and abort.
+        ENDINGS.append(dist.destroy_process_group)
     except (KeyError, ValueError) as error:
         fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not all that torchrun "
              f"sets ({error}); start with torchrun, or unset WORLD_SIZE")

@@ -2,6 +2,7 @@
 torch, so that it loads at once. Their defaults are in recipes.py.
 """
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -40,6 +41,9 @@ def fail(message, code=2):
     # In one piece: of several processes each may write.
     tqdm.write(f"error: {plain(text)}\n", file=sys.stderr, end="")
     raise SystemExit(code)
+
+
+ENDINGS = []    # what a script does once its work is done: device.join leaves the other processes
 
 
 class Terminated(KeyboardInterrupt):
@@ -90,12 +94,21 @@ def launch(main):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
     try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
-        os._exit(141)
-    except KeyboardInterrupt as error:
-        stopped(error, "", "nothing was begun that is not whole; start it again")
+        try:
+            main()
+            sys.stdout.flush()
+            for end in ENDINGS:
+                end()
+        except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
+            os._exit(141)
+        except KeyboardInterrupt as error:
+            stopped(error, "", "nothing was begun that is not whole; start it again")
+    except SystemExit as error:
+        if ENDINGS and error.code:      # others may never answer, so do not wait for them
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(error.code)
+        raise
 
 
 def say(line):

@@ -128,6 +128,35 @@ def test_a_stop_reaches_both_and_leaves_neither(easy, tmp_path):
     assert tiny.load(folder / "checkpoint.pt")["history"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_process_leaves_the_others_before_python_ends(tmp_path, fails):
+    """PyTorch's issue 179291: gloo's threads that still hold tensors then abort, now and then. One
+    that fails does not wait for others, who may never come, and keeps its exit code."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import atexit, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist
+import device, flags
+def main():
+    device.join(torch.device("cpu"))
+    if {fails} and device.rank():
+        dist.all_reduce(torch.ones(5), async_op=True)       # the other never does
+        flags.fail("of no use", 3)
+    device.wait() if not {fails} else __import__("time").sleep(60)
+atexit.register(lambda: print("in a group at the end:", dist.is_initialized()))
+flags.launch(main)
+""")
+    child = start(script, [])
+    out, err = child.communicate(timeout=50)
+    if fails:
+        assert child.returncode == 1 and "in a group" not in out, out
+        assert re.search(r"exitcode +: 3 ", err) and err.count("of no use") == 1, err
+    else:
+        assert child.returncode == 0, err
+        assert out.splitlines() == ["in a group at the end: False"] * 2
+
+
 @pytest.mark.parametrize("labels, size, said, give", [
     (None, 15, "the 15 images", 14), (40, 16, "5 labelled and 11 unlabelled", 12)])
 def test_a_batch_that_cannot_be_shared_is_refused(easy, tmp_path, monkeypatch, capsys, labels,
