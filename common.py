@@ -221,7 +221,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     loss_fn(model, batch) -> (loss, logits) says what is learned from a batch. splits: data.Batches
     of train, val (may be empty) and test. average: of make_average, updated and evaluated beside
     the model. card: what best.pt must hold to be used alone. facts: what final.json says beside
-    results, with setup_seconds and teacher_seconds. draw(history, path): draws curves.png.
+    results, with setup_seconds and teacher_seconds. draw(history, path, objective): curves.png.
     """
     train, val, test = splits
     optimizer = make_optimizer(model, args)
@@ -271,7 +271,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     final = score(args, folder, networks, best, history, splits, facts, limit)
     if rank() == 0:
         if draw:
-            draw(history, folder / "curves.png")
+            draw(history, folder / "curves.png", objective=vars(args).get("objective"))
         runs.write_final(folder, final)
     return final
 

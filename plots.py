@@ -44,30 +44,39 @@ def style(key, number=0):
     return STYLES.get(key, other)
 
 
-def draw_curves(history_rows, path, title="", chance=None):
+def draw_curves(history_rows, path, title="", chance=None, objective=None):
     """Draw loss and accuracy of one run over its epochs, training and validation together.
 
     history_rows: dicts with the columns of metrics.csv, values float or None (None is not drawn);
-    path: the PNG to write; chance: the accuracy of guessing, from 0 to 1, as a dotted line.
+    path: the PNG to write; chance: the accuracy of guessing, from 0 to 1, as a dotted line;
+    objective: what the training loss is where it is not cross-entropy, for then it is on another
+    scale, and has a panel of its own.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    places = [["own", "accuracy"], ["loss", "accuracy"]] if objective else [["loss", "accuracy"]]
+    panels = figure.subplot_mosaic(places)
     lines = {
         "train": ("training", "#D55E00", (0, (5, 2))),
         "val": ("validation", "#0072B2", "-"),
         "ema_val": ("validation, average of the weights", "#009E73", (0, (6, 2, 1, 2))),
     }
-    for axes, quantity, scale in ((loss_axes, "loss", 1), (accuracy_axes, "accuracy", 100)):
+    for quantity, scale in (("loss", 1), ("accuracy", 100)):
         for part, (meaning, colour, line) in lines.items():
             epochs, values = _column(history_rows, f"{part}_{quantity}", scale)
+            apart = objective and (part, quantity) == ("train", "loss")
             if epochs:
-                axes.plot(epochs, values, color=colour, linestyle=line, label=meaning,
-                          linewidth=1.8, **_dots(epochs))
+                panels["own" if apart else quantity].plot(
+                    epochs, values, color=colour, linestyle=line, label=meaning, linewidth=1.8,
+                    **_dots(epochs))
+    for axes in panels.values():
         _epoch_axis(axes)
-    # The training loss is the run's own objective, which need not be on the same scale.
-    _plain(loss_axes, "loss (validation: cross-entropy;\ntraining: this run's own, another scale)")
-    _percent_axis(accuracy_axes, "accuracy (%)", chance)
-    handles, labels = accuracy_axes.get_legend_handles_labels()
+    if objective:
+        _plain(panels["own"], f"training loss\n({objective})")
+        panels["own"].set_xlabel(None)      # that of the panel below
+    _plain(panels["loss"], "validation loss\n(cross-entropy)" if objective else
+           "loss (cross-entropy)")
+    _percent_axis(panels["accuracy"], "accuracy (%)", chance)
+    handles, labels = panels["accuracy"].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False,
                       fontsize=TEXT, handlelength=3.5)
@@ -89,17 +98,20 @@ def draw_comparison(rows, runs, path, title="", chance=None):
                     layout="constrained")
     panels = figure.subplot_mosaic([["accuracy", "test"], ["loss", "test"]],
                                    width_ratios=(1.15, 1), height_ratios=(1.9, 1))
-    seen, highest = 0, []
+    seen, highest, lowest = 0, [], []
     for row in rows:
         row["colour"], row["line"] = style(row["key"], seen)
         seen += row["key"] not in STYLES
         if not row["prefix"]:  # an average is not trained: its student's line stands for both
-            _mean_line(panels["accuracy"], row, "train_accuracy", 100, faint=True)
-        _mean_line(panels["accuracy"], row, f"{row['prefix']}val_accuracy", 100)
-        highest += _mean_line(panels["loss"], row, f"{row['prefix']}val_loss", 1)
+            lowest += _mean_line(panels["accuracy"], row, "train_accuracy", 100, faint=True)[:1]
+        lowest += _mean_line(panels["accuracy"], row, f"{row['prefix']}val_accuracy", 100)[:1]
+        highest += _mean_line(panels["loss"], row, f"{row['prefix']}val_loss", 1)[1:]
     _epoch_axis(panels["accuracy"])
     _epoch_axis(panels["loss"])
-    _percent_axis(panels["accuracy"], "validation accuracy (%)\nthin, faint: training", chance)
+    # Runs end close together: what is below where the slowest is after a third needs no room.
+    bottom = min((min(values[len(values) // 3:]) for values in lowest), default=0) - 5
+    _percent_axis(panels["accuracy"], "validation accuracy (%)\nthin, faint: training", chance,
+                  bottom)
     _plain(panels["loss"], "validation loss\n(cross-entropy)")
     if highest:  # a first epoch far above the rest must not flatten every later difference
         late = max(value for values in highest for value in values[len(values) // 5:])
@@ -202,24 +214,24 @@ def _test_panel(axes, rows, chance):
 
 
 def _mean_line(axes, row, column, scale, faint=False):
-    """Draw one column: mean over the seeds, min-max band; returns [the highest values], or []."""
+    """Draw one column: mean over the seeds, min-max band; returns (lowest, highest values), or ()."""
     seeds = [dict(zip(*_column(history, column, scale), strict=True))
              for history in row["histories"]]
     epochs = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
     if not epochs:
-        return []
+        return ()
     values = [[seed[epoch] for seed in seeds] for epoch in epochs]
     middle = [mean(at) for at in values]
     low, high = [min(at) for at in values], [max(at) for at in values]
     if faint:
         axes.plot(epochs, middle, color=row["colour"], linestyle=row["line"], linewidth=0.9,
                   alpha=0.45)
-        return []
+        return low, high
     if len(seeds) > 1:
         axes.fill_between(epochs, low, high, color=row["colour"], alpha=0.15, linewidth=0)
     axes.plot(epochs, middle, color=row["colour"], linestyle=row["line"], linewidth=1.9,
               label=_short(row["label"]), **_dots(epochs))
-    return [high]
+    return low, high
 
 
 def _column(rows, name, scale):
@@ -255,16 +267,24 @@ def _epoch_axis(axes):
     _plain(axes, None, "epoch")
 
 
-def _percent_axis(axes, label, chance):
+def _percent_axis(axes, label, chance, bottom=0):
+    """Accuracies up to 100, from `bottom`; chance is said in words where it lies below that."""
     _plain(axes, label)
-    axes.set_ylim(0, min(101, 1.03 * axes.get_ylim()[1]))
+    bottom, top = max(0, bottom), min(101, 1.03 * axes.get_ylim()[1])
+    axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    if chance is not None:
-        axes.axhline(100 * chance, color="#555555", linestyle=":", linewidth=1.2)
-        below = 100 * chance > 0.08 * axes.get_ylim()[1]  # where no curve should be
-        axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"),
-                      xytext=(-2, -3 if below else 3), textcoords="offset points", ha="right",
-                      va="top" if below else "bottom", fontsize=TEXT - 1, color="#555555")
+    if chance is None:
+        return
+    text = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right",
+            "fontsize": TEXT - 1, "color": "#555555"}
+    if 100 * chance < bottom:
+        axes.annotate(f"chance: {100 * chance:g} %", (1, bottom), xytext=(-2, 3), va="bottom",
+                      **text)
+        return
+    axes.axhline(100 * chance, color="#555555", linestyle=":", linewidth=1.2)
+    below = 100 * chance - bottom > 0.08 * (top - bottom)  # where no curve should be
+    axes.annotate("chance", (1, 100 * chance), xytext=(-2, -3 if below else 3),
+                  va="top" if below else "bottom", **text)
 
 
 def _png(figure, dots_per_inch):

@@ -342,6 +342,40 @@ def test_pictures(tmp_path):
     assert sum(above_the_legend.getchannel("S").histogram()[100:]) > 50  # one epoch is seen, too
 
 
+def test_losses_of_another_scale_have_a_panel_of_their_own(monkeypatch):
+    history = [dict(epoch=e, train_loss=9 / e, val_loss=1 / e, train_accuracy=0.5, val_accuracy=0.6)
+               for e in (1, 2, 3)]
+    monkeypatch.setattr(plots, "save", lambda figure, path: path.append(figure))
+
+    def panels(**how):
+        plots.draw_curves(history, found := [], **how)
+        return {axes.get_ylabel(): [list(line.get_ydata()) for line in axes.lines]
+                for axes in found[0].axes}
+
+    train, val = ([row[key] for row in history] for key in ("train_loss", "val_loss"))
+    assert panels()["loss (cross-entropy)"] == [train, val]
+    apart = panels(objective="kd")
+    assert apart.pop("accuracy (%)") == [[50.0] * 3, [60.0] * 3]
+    assert apart == {"training loss\n(kd)": [train], "validation loss\n(cross-entropy)": [val]}
+
+
+@pytest.mark.parametrize("third, last, bottom, said", [
+    (40, 80, 35, "chance: 10 %"), (11, 12, 6, "chance")])
+def test_a_comparison_has_room_for_what_lies_close_together(monkeypatch, third, last, bottom, said):
+    """All above 40 % after a third of the epochs: nothing below 35 % is drawn; chance in words."""
+    runs = [dict(name=f"{key}-s0", history=[
+        dict(epoch=e + 1, train_accuracy=value / 100, val_accuracy=value / 100, val_loss=1.0)
+        for e, value in enumerate((10, 20, third, last, last, last))])
+        for key in ("teacher", "student")]
+    rows = [dict(key=key, label=key, prefix="", runs=[f"{key}-s0"], seeds=[0], learned=True,
+                 test_accuracy=dict(values=[last / 100])) for key in ("teacher", "student")]
+    monkeypatch.setattr(plots, "save", lambda figure, path: path.append(figure))
+    plots.draw_comparison(rows, runs, found := [], chance=0.1)
+    axes = next(axes for axes in found[0].axes if "training" in axes.get_ylabel())
+    assert axes.get_ylim()[0] == pytest.approx(bottom)
+    assert [text.get_text() for text in axes.texts] == [said]
+
+
 def test_lines_of_a_picture_can_be_told_apart():
     styles = [plots.style(key, 0) for key in compare.ROWS]
     styles += [plots.style("another", number) for number in range(10)]
