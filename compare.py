@@ -135,6 +135,14 @@ def _family(run):
     return name, None if name == run["name"] else seed
 
 
+def teacher_of(run):
+    """Return the name of the run that this one is set beside: the teacher that was typed, else that
+    of its seed, for a student alone and one of its own average too."""
+    typed = run["config"].get("teacher")
+    return f"teacher-s{run['final']['seed']}" if typed in (None, "ema") else (
+        Path(str(typed)).parent.name)
+
+
 def label(key):
     """What a row is called: ROWS, else the run's own name."""
     name, _, average = key.partition("/")
@@ -155,6 +163,8 @@ def make_rows(groups):
                 rows[key] = {
                     "key": key, "label": label(key), "prefix": prefix, "seeds": list(runs),
                     "runs": [run["name"] for run in runs.values()],
+                    "teachers": [teacher_of(run) for run in runs.values()],
+                    "taught": [run["config"].get("teacher_sha256") for run in runs.values()],
                     "learned": all(final["learned"] for final in finals), "mixed": mixed(runs),
                     "silent": [seed for seed, run in runs.items() if not run["final"]["learned"]],
                     **{name: _figure([final[name] for final in finals])
@@ -183,9 +193,11 @@ def _figure(values):
 
 def add_beside(rows, folder):
     """Set row["beside"]: figures from the outputs on the test split, where the runs kept them: the
-    calibration error, and against the teacher of the same seed agreement and KL. Return the pooled
+    calibration error, and against its teacher (teacher_of) agreement and KL. Return the pooled
     outputs of each row as {key: (logits, labels)}."""
-    pooled, teachers = {}, {}
+    pooled = {}
+    teachers = {name: read_outputs(folder / name)
+                for name in {name for row in rows.values() for name in row["teachers"]}}
     for key, row in rows.items():
         row["beside"] = {}
         kept = {seed: read_outputs(folder / name, row["prefix"])
@@ -194,12 +206,11 @@ def add_beside(rows, folder):
         found = list(kept.values())
         if not found:
             continue
-        if key == "teacher":
-            teachers = kept
         row["beside"]["n"] = len(found)
         row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
-        known = [(one[0], teachers[seed][0]) for seed, one in kept.items()
-                 if seed in teachers and len(teachers[seed][0]) == len(one[0])]
+        beside = dict(zip(row["seeds"], map(teachers.get, row["teachers"]), strict=True))
+        known = [(one[0], beside[seed][0]) for seed, one in kept.items()
+                 if beside[seed] and len(beside[seed][0]) == len(one[0])]
         if known and key != "teacher":
             for name, values in zip(("agreement", "divergence"),
                                     zip(*(against(*pair) for pair in known), strict=True),
@@ -277,7 +288,9 @@ def compare(rows):
 
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
-    seeds = [seed for seed in ours if seed in theirs]
+    teachers = [dict(zip(row["seeds"], row["taught"], strict=True)) for row in (a, b)]
+    seeds = [seed for seed in ours if seed in theirs and (      # two taught by one, or no pair
+        not all(known := [one[seed] for one in teachers]) or known[0] == known[1])]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
     if not seeds:

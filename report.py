@@ -26,6 +26,7 @@ from compare import (
     label,
     make_rows,
     read_runs,
+    teacher_of,
 )
 from plots import MOST_BYTES, draw_comparison, draw_details
 from runs import SUMS, plain_name, write_whole
@@ -138,9 +139,13 @@ def _notes(groups, rows, made, no_gap, silent):
                                        for value, names in values.items())
             for name, values in row["mixed"].items())
         for key, row in rows.items() if row["mixed"] and not row["prefix"])
+    others = [f"{run['name']} ({teacher})" for members in groups.values()
+              for seed, run in members.items()
+              if (teacher := teacher_of(run)) != f"teacher-s{seed}"]
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
         (told, f"{told}."),
+        (others, f"Taught by another than the teacher of their seed: {', '.join(others)}."),
         (doubtful, f"{render.MARK} No conclusion from {', '.join(doubtful)}: learned nothing, "
                    "accuracy not above chance."),
         (unlike, f"{render.MARK} No conclusion where the seeds of one row have other settings: "

@@ -114,6 +114,24 @@ def test_three_seeds_by_hand(tmp_path):
         assert last["verdict"] == ("not recorded" if "average" in title else said)
 
 
+def test_pairs_share_their_teacher(tmp_path):
+    """Seed 2 of kd-only was taught by another network than seed 2 of kd: between the two it is no
+    pair; against the student alone, who had no teacher, each is."""
+    make_six(tmp_path, 3, only=("teacher", "student"))
+    for seed in range(3):
+        make_run(tmp_path, f"kd-s{seed}", seed, SIX["kd"][seed], teacher_sha256=f"{seed}" * 64)
+        other = dict(teacher="results/digits/teacher-s1/best.pt") if seed == 2 else {}
+        make_run(tmp_path, f"kd-only-s{seed}", seed, SIX["kd-only"][seed],
+                 teacher_sha256=f"{seed - bool(other)}" * 64, **other)
+    result = numbers(tmp_path)
+    found = {title: entry["best"] for title, entry in compared(result).items()}
+    assert found["kd-only - kd"]["seeds"] == [0, 1]
+    assert found["kd-only - kd"]["mean"] == pytest.approx(0)             # 1, -1
+    assert found["kd - student alone"]["n"] == found["kd-only - student alone"]["n"] == 3
+    told = "Taught by another than the teacher of their seed: kd-only-s2 (teacher-s1)."
+    assert told in result["notes"]
+
+
 def test_pairs_share_a_seed(tmp_path):
     """A seed that only one side has must not count: as means, kd would look 15 points ahead."""
     for seed, (alone, kd) in enumerate([(70, 71), (71, 73), (30, None), (None, 99)]):
@@ -585,6 +603,17 @@ def test_the_average_and_the_classes_have_figures_of_their_own(tmp_path):
     assert "| mean teacher, average | 50.0 | 100.0 |" in text
     report.main(["--results-dir", str(tmp_path)])
     assert (folder / "details.png").stat().st_size > 5000
+
+
+def test_agreement_is_with_the_network_that_taught(tmp_path):
+    folder, labels = make_six(tmp_path, 1, only=("teacher", "student")), np.array([0, 0, 1, 1])
+    right = np.where(labels[:, None] == [0, 1], 3.0, 0.0)
+    outputs(folder / "teacher-s0", right, labels)
+    outputs(make_run(tmp_path, "teacher-s1", 1), right[:, ::-1], labels)
+    for run, typed in (("kd-s1", "results/digits/teacher-s0/best.pt"), ("kd-only-s1", None)):
+        outputs(make_run(tmp_path, run, 1, teacher=typed), right, labels)
+    rows = rows_of(numbers(tmp_path))
+    assert [rows[key]["beside"]["agreement"]["values"] for key in ("kd", "kd-only")] == [[1], [0]]
 
 
 def test_outputs_of_odd_runs_alone_are_drawn_too(tmp_path):
