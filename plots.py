@@ -214,7 +214,7 @@ def _test_panel(axes, rows, chance):
 
 
 def _mean_line(axes, row, column, scale, faint=False):
-    """Draw one column: mean over the seeds, min-max band; returns (lowest, highest values), or ()."""
+    """Draw one column: mean over seeds, min-max band; returns (lowest, highest values), or ()."""
     seeds = [dict(zip(*_column(history, column, scale), strict=True))
              for history in row["histories"]]
     epochs = sorted(set.intersection(*(set(seed) for seed in seeds))) if seeds else []
