@@ -1,6 +1,7 @@
 """What a best.pt or a checkpoint.pt says, looked at before anything is made of it: such a file is
 untrusted. No command of its own.
 """
+import hashlib
 import math
 import reprlib
 
@@ -105,3 +106,12 @@ def unsound(state, settings, networks, optimizer, epochs):
         if wrong:
             return f"has for the optimizer {wrong}"
     return None
+
+
+def weights_sha256(state):
+    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

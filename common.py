@@ -377,7 +377,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         learned=(right if known["model"] is None else known["model"]) > limit, seconds=seconds,
         images_per_second=float(np.median(speeds[1:] or speeds)),
         peak_memory_bytes=device.peak_memory(), device=args.device, precision=args.precision,
-        torch=torch.__version__)
+        torch=torch.__version__, weights_sha256=cards.weights_sha256(best["model"]))
     shown = f"{folder.name}: test {100 * right:.2f} % (epoch {first['model']}/{args.epochs})"
     for name, title in (("ema", "average"), ("recomputed", "its statistics recomputed")):
         if tested[name]:

@@ -30,6 +30,8 @@ ROWS = {
 }
 NUMBERS = ("seed", "parameters", "macs", "epochs", "seconds", "val_accuracy", "test_accuracy",
            "last_test_accuracy", "ema_val_accuracy", "ema_test_accuracy")
+# ... of a config.json: what a report says of a run that had a teacher.
+DESCRIBED = ("temperature", "alpha", "class_weight", "class_cost", "ramp_up", "ema_decay")
 NULLABLE = ("val_accuracy", "ema_val_accuracy", "ema_test_accuracy")
 AVERAGES = {"average": "ema_", "recomputed": "recomputed_"}     # row of a run -> its keys in final
 COMPARISONS = {  # title -> (row, minus this row, the question that the difference answers)
@@ -84,7 +86,7 @@ def _read_run(folder):
                        for row in csv.DictReader(file)]
     except KeyError as error:
         fail(f"{path}: lacks the column {error}; {way_out}")
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
         fail(f"{path}: missing or cut short ({error}); {way_out}")
     for file, facts in (("config.json", config), ("final.json", final)):
         if not this_version(facts.get("schema", SCHEMA)):
@@ -95,10 +97,13 @@ def _read_run(folder):
             fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
         if not _plausible(key, final[key]):
             fail(f"{folder / 'final.json'}: {key} cannot be {final[key]!r}; {way_out}")
+    if odd := _odd_config(config):
+        fail(f"{folder / 'config.json'}: {odd} cannot be {str(config.get(odd))[:99]}; {way_out}")
     kept = ["test.npz"] * (folder / "test.npz").exists()        # it is not published
     for name in altered(folder, ("config.json", "final.json", "metrics.csv", *kept)):
         fail(f"{folder / name}: not as the run left it: changed or damaged; {way_out}")
-    if [row["epoch"] for row in history] != list(range(1, final["epochs"] + 1)):
+    if [row["epoch"] for row in history] != list(range(1, len(history) + 1)) or (
+            len(history) != final["epochs"]):
         fail(f"{folder / 'metrics.csv'}: not its {final['epochs']} epochs; {way_out}")
     return {"name": folder.name, "config": config, "final": final, "history": history}
 
@@ -108,10 +113,20 @@ def _plausible(key, value):
         return key in NULLABLE
     if key not in NUMBERS:
         return isinstance(value, bool if key == "learned" else str)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if key in ("seed", "epochs", "parameters", "macs"):
-        return type(value) is int and value >= 0
-    return is_accuracy(value) if key.endswith("accuracy") else number
+    if key.endswith("accuracy"):
+        return is_accuracy(value)
+    kinds = (int,) if key in ("seed", "epochs", "parameters", "macs") else (int, float)
+    return type(value) in kinds and 0 <= value < 10**18
+
+
+def _odd_config(config):
+    """Return the first key of a config.json that cannot be so, of those a report reads, or None."""
+    names, classes = config.get("class_names", []), config.get("classes", 1)
+    good = {"class_names": isinstance(names, list) and {*map(type, names)} <= {str},
+            "classes": type(classes) is list and classes or type(classes) is int and classes > 0}
+    good |= {key: isinstance(config.get(key), str if key == "class_cost" else (int, float))
+             for key in (DESCRIBED if config.get("objective") else {"ema_decay"} & config.keys())}
+    return next((key for key, fine in good.items() if not fine), None)
 
 
 def group_runs(runs):
@@ -137,10 +152,13 @@ def _family(run):
 
 def teacher_of(run):
     """Return the name of the run that this one is set beside: the teacher that was typed, else that
-    of its seed, for a student alone and one of its own average too."""
+    of its seed, for a student alone and one of its own average too. None where the one that was
+    typed is no run of this recipe."""
     typed = run["config"].get("teacher")
-    return f"teacher-s{run['final']['seed']}" if typed in (None, "ema") else (
-        Path(str(typed)).parent.name)
+    if typed in (None, "ema"):
+        return f"teacher-s{run['final']['seed']}"
+    *_, recipe, name, file = "", "", *Path(str(typed)).parts
+    return name if (recipe, file) == (run["final"]["recipe"], "best.pt") else None
 
 
 def label(key):
@@ -165,6 +183,7 @@ def make_rows(groups):
                     "runs": [run["name"] for run in runs.values()],
                     "teachers": [teacher_of(run) for run in runs.values()],
                     "taught": [run["config"].get("teacher_sha256") for run in runs.values()],
+                    "weights": [final.get("weights_sha256") for final in finals],
                     "learned": all(final["learned"] for final in finals), "mixed": mixed(runs),
                     "silent": [seed for seed, run in runs.items() if not run["final"]["learned"]],
                     **{name: _figure([final[name] for final in finals])
@@ -196,7 +215,9 @@ def add_beside(rows, folder):
     calibration error, and against its teacher (teacher_of) agreement and KL. Return the pooled
     outputs of each row as {key: (logits, labels)}."""
     pooled = {}
-    teachers = {name: read_outputs(folder / name)
+    weights = {name: sha256 for row in rows.values()
+               for name, sha256 in zip(row["runs"], row["weights"], strict=True)}
+    teachers = {name: read_outputs(folder / name) if name in weights else None
                 for name in {name for row in rows.values() for name in row["teachers"]}}
     for key, row in rows.items():
         row["beside"] = {}
@@ -208,9 +229,11 @@ def add_beside(rows, folder):
             continue
         row["beside"]["n"] = len(found)
         row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
-        beside = dict(zip(row["seeds"], map(teachers.get, row["teachers"]), strict=True))
+        beside = {seed: teachers[name] for seed, name, taught in zip(
+            row["seeds"], row["teachers"], row["taught"], strict=True)
+            if teachers[name] and not (taught and weights[name] and taught != weights[name])}
         known = [(one[0], beside[seed][0]) for seed, one in kept.items()
-                 if beside[seed] and len(beside[seed][0]) == len(one[0])]
+                 if seed in beside and beside[seed][0].shape == one[0].shape]
         if known and key != "teacher":
             for name, values in zip(("agreement", "divergence"),
                                     zip(*(against(*pair) for pair in known), strict=True),
@@ -233,8 +256,11 @@ def read_outputs(folder, prefix=""):
             if prefix and f"{prefix}logits" not in file:
                 return None
             logits, labels = file[f"{prefix}logits"], file["labels"]
-        if logits.ndim != 2 or labels.shape != logits.shape[:1] or not np.isfinite(logits).all():
+        if logits.ndim != 2 or not len(logits) or labels.shape != logits.shape[:1] or (
+                not np.isfinite(logits).all()):
             raise ValueError(f"outputs {logits.shape}, labels {labels.shape}")
+        if labels.dtype.kind not in "iu" or not set(labels.tolist()) <= {*range(logits.shape[1])}:
+            raise ValueError(f"labels that are no numbers of {logits.shape[1]} classes")
         return logits, labels
     except FileNotFoundError:
         return None
@@ -246,10 +272,8 @@ def read_outputs(folder, prefix=""):
 # ---- comparing --------------------------------------------------------------------------------
 
 def interval(differences):
-    """Mean of paired differences and its 95 % interval by Student's t: (mean, low, high).
-
-    One difference has no interval: low and high are then None.
-    """
+    """Mean of paired differences and its 95 % interval by Student's t: (mean, low, high); of one
+    difference, which has no interval, low and high are None."""
     n, centre = len(differences), mean(differences)
     if n < 2:
         return centre, None, None
@@ -269,8 +293,9 @@ def verdict(low, high, learned=True):
 
 
 def by_seed(row, name):
-    """One figure of a row as {seed: value}."""
-    return dict(zip(row["seeds"], row[name]["values"], strict=True))
+    """One figure of a row, or what it lists, as {seed: value}."""
+    values = row[name]["values"] if isinstance(row[name], dict) else row[name]
+    return dict(zip(row["seeds"], values, strict=True))
 
 
 def compare(rows):
@@ -288,9 +313,9 @@ def compare(rows):
 
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
-    teachers = [dict(zip(row["seeds"], row["taught"], strict=True)) for row in (a, b)]
+    one, other = by_seed(a, "taught"), by_seed(b, "taught")
     seeds = [seed for seed in ours if seed in theirs and (      # two taught by one, or no pair
-        not all(known := [one[seed] for one in teachers]) or known[0] == known[1])]
+        one[seed] == other[seed] or not (one[seed] and other[seed]))]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
     if not seeds:

@@ -67,6 +67,8 @@ def upright(image):
     """Return the image as its EXIF says it was held: phones store pictures lying down."""
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:       # broken EXIF says nothing about the pixels, which are decoded later
         return image
 

@@ -11,7 +11,9 @@ import platform
 import re
 import resource
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from flags import ENDINGS, again, fail, say
+from flags import BEGUN, ENDINGS, PARENT, again, fail, say
 
 
 def pick_device(name="auto"):
@@ -153,12 +155,24 @@ class AvgPool2d(torch.nn.AvgPool2d):
 
 # ---- several processes ------------------------------------------------------------------------
 
+PATIENCE = datetime.timedelta(minutes=5)    # to find the others; torchrun starts all at once
+# Between two steps that all take: one may compute the teacher's outputs, or decode images.
+HOURS = datetime.timedelta(hours=12)
+
+
 def join(device):
     """Join the other processes, where torchrun started this one; each GPU serves one of them."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     # DistributedDataParallel's, whose new name for it is not known to earlier versions.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    with contextlib.suppress(OSError, AttributeError):      # Linux: end when torchrun is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
+        if os.getppid() != PARENT:
+            fail("torchrun has ended; start it again")
+    # Else gloo's threads may hold tensors when Python is taken apart, and abort.
+    ENDINGS.append(dist.destroy_process_group)
+    errors = []
     try:
         if device.type == "cuda":
             own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -166,16 +180,45 @@ def join(device):
                 fail(f"--nproc-per-node: no GPU is left for process {own + 1} of this machine, "
                      f"which has {there}; start as many processes, or give --device cpu")
             torch.cuda.set_device(own)
-        # Hours, for one may compute the teacher's outputs, or decode images, while others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))
-        # Else gloo's threads may hold tensors when Python is taken apart, and abort.
-        ENDINGS.append(dist.destroy_process_group)
-    except (KeyError, ValueError) as error:
+        # C++ that waits for others keeps Python, in its main thread, from answering a signal.
+        thread = threading.Thread(target=meet, daemon=True, args=(
+            "nccl" if device.type == "cuda" else "gloo", errors))
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+    except (KeyError, ValueError, RuntimeError) as error:
         fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not all that torchrun "
-             f"sets ({error}); start with torchrun, or unset WORLD_SIZE")
-    with contextlib.suppress(OSError, AttributeError):      # Linux: end when torchrun is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
+             f"sets, or no other process ({str(error).splitlines()[0]}); start with torchrun, or "
+             "unset WORLD_SIZE")
+
+
+def meet(backend, errors):
+    """Find the others at the place that the environment names, and form a group with them; errors:
+    a list that takes what went wrong."""
+    try:
+        own, count = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
+        if own >= count:
+            raise ValueError(f"RANK={own} is not below it")
+        if own or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:     # another process is the host
+            await_host(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+        store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store.set_timeout(HOURS)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=HOURS)
+    except (ValueError, RuntimeError) as error:
+        errors.append(error)
+
+
+def await_host(address, port):
+    """Go on when somebody answers at that place; PyTorch itself would fill the screen meanwhile."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while address and port:
+        try:
+            return socket.create_connection((address, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(f"{address}:{port}: {error.strerror or error}") from None
+            time.sleep(0.2)
 
 
 def rank():
@@ -229,6 +272,7 @@ def share_buffers_(*modules):
 @contextlib.contextmanager
 def guard(args):
     """End with one line where memory or a disk gives out, or another process has ended."""
+    BEGUN.clear()
     try:
         yield
     except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it

@@ -24,8 +24,10 @@ from recipes import (  # noqa: F401
 
 # ---- flags ------------------------------------------------------------------------------------
 
-RANK = os.environ.get("RANK", "0")      # torchrun's number of this process
+# torchrun's number of this process; clusters leave one behind where there are no others
+RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
 RANK = int(RANK) if RANK.isdecimal() else 0
+PARENT = os.getppid()                   # torchrun, for such a process
 
 
 def plain(text):
@@ -44,6 +46,7 @@ def fail(message, code=2):
 
 
 ENDINGS = []    # what a script does once its work is done: device.join leaves the other processes
+BEGUN = []      # of a run that has begun: where, and how it goes on when it is stopped
 
 
 class Terminated(KeyboardInterrupt):
@@ -97,12 +100,14 @@ def launch(main):
         try:
             main()
             sys.stdout.flush()
-            for end in ENDINGS:
+            for end in ENDINGS:     # all is whole: no stop changes that
+                for each in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(each, signal.SIG_IGN)
                 end()
         except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
             os._exit(141)
         except KeyboardInterrupt as error:
-            stopped(error, "", "nothing was begun that is not whole; start it again")
+            stopped(error, *(BEGUN or ("", "nothing was begun that is not whole; start it again")))
     except SystemExit as error:
         if ENDINGS and error.code:      # others may never answer, so do not wait for them
             with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@
 
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
-import hashlib
 import reprlib
 import warnings
 
@@ -15,6 +14,7 @@ from torch import nn
 
 import cards
 import device
+from cards import weights_sha256  # noqa: F401  the scripts take it from here
 from common import load_checkpoint
 from flags import fail
 from runs import SCHEMA, this_version
@@ -206,15 +206,6 @@ def load(path, average=False):
     network = build(**card["build"])
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False), card
-
-
-def weights_sha256(state):
-    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def take_weights_(model, weights):

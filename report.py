@@ -103,7 +103,7 @@ def _spread(groups, key):
             if value is None:
                 value = "all" if key == "labels" else "unknown"
             # Twelve characters are enough of a hash, and all of any other setting.
-            text = f"{value:g}" if isinstance(value, float) else str(value)[:12]
+            text = f"{value:g}" if isinstance(value, float) else plain(value)[:12]
             owners.setdefault(text, Counter())[label(group)] += 1
     if key == "seed":
         return ", ".join(sorted(owners, key=int))
@@ -139,8 +139,8 @@ def _notes(groups, rows, made, no_gap, silent):
                                        for value, names in values.items())
             for name, values in row["mixed"].items())
         for key, row in rows.items() if row["mixed"] and not row["prefix"])
-    others = [f"{run['name']} ({teacher})" for members in groups.values()
-              for seed, run in members.items()
+    others = [f"{run['name']} ({teacher or run['config']['teacher']})"
+              for members in groups.values() for seed, run in members.items()
               if (teacher := teacher_of(run)) != f"teacher-s{seed}"]
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
@@ -159,7 +159,7 @@ def _notes(groups, rows, made, no_gap, silent):
         (no_gap and not silent, f"No gap is shown: {no_gap}."),
         (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy "
                      "(-: not learned, or no seed in common)."))
-    return [note for applies, note in notes if applies]
+    return [plain(note) for applies, note in notes if applies]
 
 
 # Markers of the README.

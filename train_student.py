@@ -6,6 +6,7 @@
     python train_student.py --ema-decay 0.99                      with an average, only evaluated
 """
 import flags  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
+import copy
 import platform
 import textwrap
 import time
@@ -80,6 +81,12 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
             size % world() or mixed and train.labelled_of(size) % world())] or ["fewer processes"]
         flags.fail(f"--batch-size {args.batch_size}: the {train.step_size} images of a step{mixed} "
                    f"cannot be shared equally by {world()} processes; give {fits[-1]}")
+    if args.norm == "batch" and train.step_size == world():
+        try:
+            copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))
+        except ValueError:
+            flags.fail(f"--norm batch with --batch-size {args.batch_size}: a batch of one image is "
+                       "a single value to some layer, which has no deviation; give a larger one")
     size = data.scoring_size(shape[1:])
     val, test = (batches(split, size) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
@@ -135,12 +142,16 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - (teacher_seconds or 0)
     job.facts["teacher_seconds"] = teacher_seconds
+    # A stop may come while an error of another process's end is on its way out of here, too.
+    flags.BEGUN[:] = (f"{job.folder}: ",
+                      f"{flags.again(job.args)} goes on after its last finished epoch")
     try:
-        return common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
-                          job.facts, average, plots.draw_curves)
+        final = common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
+                           job.facts, average, plots.draw_curves)
+        flags.BEGUN.clear()
+        return final
     except KeyboardInterrupt as error:
-        flags.stopped(error, f"{job.folder}: ", f"{flags.again(job.args)} goes on after "
-                                                "its last finished epoch")
+        flags.stopped(error, *flags.BEGUN)
     finally:
         if lock is not None:
             runs.release(job.folder, lock)

@@ -104,6 +104,9 @@ FLAGS = [
     (("--run", "a/b"), ("--run", "a/b")),
     (("--run", ".."), ("--run", "..")),
     (("--dataset", "digits", "--image-size", 16), ("--image-size 16", "32")),
+    # a single value has no deviation, which BatchNorm divides by
+    (("--arch", "cifar10-he-max-teacher", "--norm", "batch", "--image-size", 2, "--batch-size", 1),
+     ("--norm batch", "--batch-size 1")),
 ]
 TAUGHT = [
     (("--objective", "none"), ("--objective", "none", "kd-only", "consistency")),

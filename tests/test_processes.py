@@ -1,4 +1,5 @@
 """Two processes under torchrun: each draws the same epoch and takes its share of every batch."""
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,14 @@ def start(script, argv, processes=2):
              str(processes), "--", str(ROOT / script), *argv]
     return subprocess.Popen(words, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(worker):
+    """Whether a process is gone, but for its exit code, which nobody may have asked for yet."""
+    status = Path(f"/proc/{worker}/stat")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    return True
 
 
 def both(script, module, easy, results, *flags, epochs=3):
@@ -107,6 +116,24 @@ def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     epochs = len(tiny.load(folder / "checkpoint.pt")["history"])
     final = tiny.run(train_student, easy, tmp_path, "--run", "cut", "--resume", epochs=400)
     assert epochs >= 1 and final["epochs"] == 400
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_workers_of_a_torchrun_that_is_killed_while_they_start_end_too(easy, tmp_path, after):
+    child = start("train_student.py", tiny.words(easy, tmp_path, "--run", "cut", epochs=400))
+    deadline = time.monotonic() + 60
+    workers = []
+    while len(workers) < 2:
+        assert child.poll() is None and time.monotonic() < deadline
+        found = subprocess.run(["pgrep", "-P", str(child.pid)], text=True, capture_output=True)
+        workers = found.stdout.split()
+        time.sleep(0.05)
+    time.sleep(after)
+    child.kill()
+    child.communicate(timeout=60)        # their ends of the pipes are closed, too
+    while not all(map(ended, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_stop_reaches_both_and_leaves_neither(easy, tmp_path):

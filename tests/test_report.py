@@ -501,6 +501,14 @@ def change(**changes):
     ("final.json", change(test_accuracy=None), "test_accuracy cannot be None"),
     ("final.json", change(test_accuracy=70.5), "test_accuracy cannot be 70.5"),
     ("final.json", change(macs="many"), "macs cannot be 'many'"),
+    ("final.json", change(parameters=10**400), "parameters cannot be 1000"),
+    ("final.json", change(epochs=10**14), "not its 100000000000000 epochs"),
+    ("final.json", change(seconds=math.nan), "seconds cannot be nan"),
+    ("final.json", lambda path: path.write_text("[" * 100_000), "cut short"),
+    ("config.json", change(class_names=5), "class_names cannot be 5"),
+    ("config.json", change(classes="x"), "classes cannot be x"),
+    ("config.json", change(objective="kd"), "temperature cannot be None"),
+    ("metrics.csv", lambda path: path.write_text(path.read_text() + "9" * 200_000), "cut short"),
     ("config.json", lambda path: path.unlink(), "missing or cut short"),
     ("metrics.csv", lambda path: path.write_text(path.read_text()[:-20]), "cut short"),
     ("metrics.csv", lambda path: path.write_text("epoch,loss\n1,2\n"), "the column 'train_loss'"),
@@ -510,6 +518,7 @@ def test_broken_files_are_named(tmp_path, capsys, file, edit, told):
     folder = make_six(tmp_path) / "kd-s0"
     edit(folder / file)
     line = refused(capsys, "--results-dir", tmp_path)
+    file = "metrics.csv" if "not its" in told else file
     assert str(folder / file) in line and told in line
     assert f"train this run again with --overwrite, or remove {folder}" in line
 
@@ -610,10 +619,26 @@ def test_agreement_is_with_the_network_that_taught(tmp_path):
     right = np.where(labels[:, None] == [0, 1], 3.0, 0.0)
     outputs(folder / "teacher-s0", right, labels)
     outputs(make_run(tmp_path, "teacher-s1", 1), right[:, ::-1], labels)
-    for run, typed in (("kd-s1", "results/digits/teacher-s0/best.pt"), ("kd-only-s1", None)):
+    for run, typed in (("kd-s1", "results/digits/teacher-s0/best.pt"), ("kd-only-s1", None),
+                       ("kd-ema-s1", "elsewhere/teacher-s0/best.pt"), ("far-s1", "best.pt")):
         outputs(make_run(tmp_path, run, 1, teacher=typed), right, labels)
-    rows = rows_of(numbers(tmp_path))
+    result = numbers(tmp_path)
+    rows = rows_of(result)
     assert [rows[key]["beside"]["agreement"]["values"] for key in ("kd", "kd-only")] == [[1], [0]]
+    assert not any("agreement" in rows[key]["beside"] for key in ("kd-ema", "far"))
+    assert ("Taught by another than the teacher of their seed: kd-s1 (teacher-s0), kd-ema-s1 "
+            "(elsewhere/teacher-s0/best.pt), far-s1 (best.pt).") in result["notes"]
+
+
+@pytest.mark.parametrize("weights, known", [("a" * 64, True), ("b" * 64, False)])
+def test_agreement_is_not_with_a_teacher_that_was_trained_anew(tmp_path, weights, known):
+    folder = make_six(tmp_path, 1, only=("student",))
+    outputs(make_run(tmp_path, "teacher-s0", weights_sha256=weights), [[1, 0]], [0])
+    final = json.loads((folder / "teacher-s0" / "final.json").read_text())
+    (folder / "teacher-s0" / "final.json").write_text(json.dumps(final | dict(
+        weights_sha256=weights)))
+    outputs(make_run(tmp_path, "kd-s0", teacher_sha256="a" * 64), [[1, 0]], [0])
+    assert ("agreement" in rows_of(numbers(tmp_path))["kd"]["beside"]) == known
 
 
 def test_outputs_of_odd_runs_alone_are_drawn_too(tmp_path):
@@ -627,6 +652,18 @@ def test_damaged_outputs_are_named(tmp_path, capsys):
     folder = make_six(tmp_path, only=("teacher",))
     (folder / "teacher-s0" / "test.npz").write_bytes(b"PK\x03\x04 cut")
     assert "teacher-s0/test.npz" in refused(capsys, "--results-dir", str(tmp_path))
+    for logits, labels in (([[1, 0]], [2]), ([[1, 0]], [-1]), (np.zeros((0, 2)), [])):
+        outputs(folder / "teacher-s0", logits, labels)
+        assert "teacher-s0/test.npz" in refused(capsys, "--results-dir", str(tmp_path))
+    np.savez(folder / "teacher-s0" / "test.npz", logits=np.eye(2), labels=np.zeros(2))
+    assert "teacher-s0/test.npz" in refused(capsys, "--results-dir", str(tmp_path))
+
+
+def test_what_files_say_cannot_steer_a_terminal(tmp_path, capsys):
+    make_six(tmp_path, only=("teacher", "student"), torch="\x1b[2J", date="a\nb")
+    print(render.terminal(numbers(tmp_path)))
+    told = capsys.readouterr().out
+    assert "\\x1b[2J" in told and "a\\nb" in told and "\x1b" not in told
 
 
 def test_the_speed_table_from_what_was_measured():

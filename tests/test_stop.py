@@ -1,7 +1,9 @@
 """Ctrl-C, SIGTERM, and two runs into one folder."""
+import datetime
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import common
+import device
 import train_student
 
 ROOT = Path(common.__file__).parent
@@ -81,6 +85,8 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     ("train_student.py", (), {"RANK": "abc"}, 0, ""),
     ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "0"}, 2, "torchrun"),
     ("train_student.py", (), {"WORLD_SIZE": "two"}, 2, "torchrun"),
+    ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": "9"}, 2, "RANK=5"),
     ("calc.py", ("shape", "3x8x8", "fc:2"), {}, 0, "")])
 def test_an_environment_that_is_not_whole(easy, tmp_path, script, flags, there, code, named):
     flags = flags or tiny.words(easy, tmp_path, "--epochs", 1)
@@ -88,6 +94,44 @@ def test_an_environment_that_is_not_whole(easy, tmp_path, script, flags, there, 
                           env=os.environ | there)
     assert done.returncode == code and named in done.stderr
     assert done.stderr.count("\n") == (code > 0)
+
+
+def test_a_number_that_a_cluster_left_behind_silences_nothing(easy, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_student.py",
+                           *tiny.words(easy, tmp_path, "--epochs", 1)], text=True,
+                          capture_output=True, env=os.environ | {"RANK": "1"})
+    assert done.returncode == 0 and "student-s0: test" in done.stdout
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_finds_no_others_can_be_stopped(easy, tmp_path, number):
+    """The first one waits for the others, these for the first, in C++ that answers no signal."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import device, flags, torch\n"
+         "def main():\n    print('waits', flush=True)\n    device.join(torch.device('cpu'))\n"
+         "flags.launch(main)"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": str(number), "MASTER_ADDR": "127.0.0.1",
+                          "MASTER_PORT": str(port)})
+    assert child.stdout.readline() == "waits\n"
+    time.sleep(1)
+    code, lines = stop(child, signal.SIGTERM)
+    assert code == 143 and len(lines) == 1 and "stopped" in lines[0], lines
+
+
+def test_a_process_that_finds_no_others_ends_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(device, "PATIENCE", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(device, "ENDINGS", [])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in dict(WORLD_SIZE=2, RANK=1, MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as left:
+        device.join(torch.device("cpu"))
+    line = capsys.readouterr().err
+    assert left.value.code == 2 and line.count("\n") == 1 and f"127.0.0.1:{port}" in line, line
 
 
 def stop(child, sent):
