@@ -366,18 +366,18 @@ def score(args, folder, networks, best, history, splits, facts, limit):
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)
     final = dict(
         schema=runs.SCHEMA, recipe=args.recipe, run=folder.name, **facts, seed=args.seed,
-        arch=args.arch, epochs=args.epochs, best_epoch=first["model"],
-        ema_best_epoch=first.get("ema"), val_accuracy=known["model"], test_accuracy=right,
-        test_loss=tested["model"]["loss"], ema_val_accuracy=known.get("ema"),
-        ema_test_accuracy=tested["ema"].get("accuracy"),
-        last_test_accuracy=last["model"]["accuracy"],
+        arch=args.arch, epochs=args.epochs, best_epoch=first["model"], test_accuracy=right,
+        ema_best_epoch=first.get("ema"), val_accuracy=known["model"],
+        test_loss=tested["model"]["loss"], last_test_accuracy=last["model"]["accuracy"],
+        ema_val_accuracy=known.get("ema"), ema_test_accuracy=tested["ema"].get("accuracy"),
         ema_last_test_accuracy=last.get("ema", {}).get("accuracy"),
         recomputed_val_accuracy=known.get("recomputed"),
         recomputed_test_accuracy=tested["recomputed"].get("accuracy"),
         learned=(right if known["model"] is None else known["model"]) > limit, seconds=seconds,
         images_per_second=float(np.median(speeds[1:] or speeds)),
         peak_memory_bytes=device.peak_memory(), device=args.device, precision=args.precision,
-        torch=torch.__version__, weights_sha256=cards.weights_sha256(best["model"]))
+        torch=torch.__version__,
+        weights_sha256=cards.weights_sha256(networks["model"].state_dict()))
     shown = f"{folder.name}: test {100 * right:.2f} % (epoch {first['model']}/{args.epochs})"
     for name, title in (("ema", "average"), ("recomputed", "its statistics recomputed")):
         if tested[name]:

@@ -77,9 +77,9 @@ def _read_run(folder):
     way_out = f"train this run again with --overwrite, or remove {folder}"
     try:
         path = folder / "config.json"
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        config = {**json.loads(path.read_text(encoding="utf-8"))}
         path = folder / "final.json"
-        final = dict(json.loads(path.read_text(encoding="utf-8")))
+        final = {**json.loads(path.read_text(encoding="utf-8"))}
         path = folder / "metrics.csv"
         with open(path, newline="", encoding="utf-8") as file:
             history = [{key: float(row[key]) if row[key] != "" else None for key in METRICS}
@@ -92,7 +92,8 @@ def _read_run(folder):
         if not this_version(facts.get("schema", SCHEMA)):
             fail(f"{folder / file}: written by another version of these scripts (schema "
                  f"{facts['schema']!r}, now {SCHEMA}); {way_out}")
-    for key in (*NUMBERS, "learned", "device", "precision", "torch"):
+    scores = [key for key in final if key.endswith("accuracy")]
+    for key in (*NUMBERS, "recipe", "learned", "device", "precision", "torch", *scores):
         if key not in final:
             fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
         if not _plausible(key, final[key]):
@@ -109,12 +110,10 @@ def _read_run(folder):
 
 
 def _plausible(key, value):
-    if value is None:
-        return key in NULLABLE
+    if key.endswith("accuracy"):
+        return is_accuracy(value) or value is None and (key in NULLABLE or key not in NUMBERS)
     if key not in NUMBERS:
         return isinstance(value, bool if key == "learned" else str)
-    if key.endswith("accuracy"):
-        return is_accuracy(value)
     kinds = (int,) if key in ("seed", "epochs", "parameters", "macs") else (int, float)
     return type(value) in kinds and 0 <= value < 10**18
 
@@ -123,6 +122,7 @@ def _odd_config(config):
     """Return the first key of a config.json that cannot be so, of those a report reads, or None."""
     names, classes = config.get("class_names", []), config.get("classes", 1)
     good = {"class_names": isinstance(names, list) and {*map(type, names)} <= {str},
+            "dataset": isinstance(config.get("dataset", ""), str),
             "classes": type(classes) is list and classes or type(classes) is int and classes > 0}
     good |= {key: isinstance(config.get(key), str if key == "class_cost" else (int, float))
              for key in (DESCRIBED if config.get("objective") else {"ema_decay"} & config.keys())}
@@ -221,27 +221,26 @@ def add_beside(rows, folder):
                 for name in {name for row in rows.values() for name in row["teachers"]}}
     for key, row in rows.items():
         row["beside"] = {}
-        kept = {seed: read_outputs(folder / name, row["prefix"])
-                   for seed, name in zip(row["seeds"], row["runs"], strict=True)}
-        kept = {seed: one for seed, one in kept.items() if one}      # older runs kept none
-        found = list(kept.values())
-        if not found:
+        kept = {seed: one for seed, name in zip(row["seeds"], row["runs"], strict=True)
+                if (one := read_outputs(folder / name, row["prefix"]))}     # older runs kept none
+        if not kept:
             continue
+        classes = next(iter(kept.values()))[0].shape[1]      # other data sets have others
+        found = [one for one in kept.values() if one[0].shape[1] == classes]
         row["beside"]["n"] = len(found)
         row["beside"]["calibration"] = _figure([calibration(*one)[0] for one in found])
         beside = {seed: teachers[name] for seed, name, taught in zip(
             row["seeds"], row["teachers"], row["taught"], strict=True)
             if teachers[name] and not (taught and weights[name] and taught != weights[name])}
         known = [(one[0], beside[seed][0]) for seed, one in kept.items()
-                 if seed in beside and beside[seed][0].shape == one[0].shape]
+                 if seed in beside and beside[seed][0].shape == one[0].shape
+                 and np.array_equal(beside[seed][1], one[1])]
         if known and key != "teacher":
-            for name, values in zip(("agreement", "divergence"),
-                                    zip(*(against(*pair) for pair in known), strict=True),
-                                    strict=True):
+            pairs = zip(*(against(*pair) for pair in known), strict=True)
+            for name, values in zip(("agreement", "divergence"), pairs, strict=True):
                 row["beside"][name] = _figure(list(values))
-        classes = [np.diag(counts) / counts.sum(1).clip(1)
-                   for counts in (confusion(*one) for one in found)]
-        row["beside"]["classes"] = np.mean(classes, 0).tolist()
+        shares = [np.diag(c) / c.sum(1).clip(1) for c in (confusion(*one) for one in found)]
+        row["beside"]["classes"] = np.mean(shares, 0).tolist()
         pooled[key] = tuple(np.concatenate(part) for part in zip(*found, strict=True))
     return pooled
 
@@ -261,7 +260,7 @@ def read_outputs(folder, prefix=""):
             raise ValueError(f"outputs {logits.shape}, labels {labels.shape}")
         if labels.dtype.kind not in "iu" or not set(labels.tolist()) <= {*range(logits.shape[1])}:
             raise ValueError(f"labels that are no numbers of {logits.shape[1]} classes")
-        return logits, labels
+        return logits, labels.astype(np.int64)
     except FileNotFoundError:
         return None
     except Exception as error:      # what flipped bits lead to is of many kinds
@@ -314,12 +313,13 @@ def compare(rows):
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
     one, other = by_seed(a, "taught"), by_seed(b, "taught")
-    seeds = [seed for seed in ours if seed in theirs and (      # two taught by one, or no pair
-        one[seed] == other[seed] or not (one[seed] and other[seed]))]
+    shared = [seed for seed in ours if seed in theirs]
+    seeds = [seed for seed in shared            # two taught by one network are a pair
+             if one[seed] == other[seed] or not (one[seed] and other[seed])]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
     if not seeds:
-        return {**entry, "verdict": "no shared seed"}
+        return {**entry, "verdict": "other teachers" if shared else "no shared seed"}
     if any(ours[seed] is None or theirs[seed] is None for seed in seeds):
         return {**entry, "verdict": "not recorded"}
     centre, low, high = interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])

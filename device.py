@@ -167,9 +167,10 @@ def join(device):
     # DistributedDataParallel's, whose new name for it is not known to earlier versions.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
     with contextlib.suppress(OSError, AttributeError):      # Linux: end when torchrun is killed
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
-        if os.getppid() != PARENT:
-            fail("torchrun has ended; start it again")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
+            if os.getppid() != PARENT:
+                fail("torchrun has ended; start it again")
     # Else gloo's threads may hold tensors when Python is taken apart, and abort.
     ENDINGS.append(dist.destroy_process_group)
     errors = []
@@ -186,11 +187,10 @@ def join(device):
         thread.start()
         thread.join()
         if errors:
-            raise errors[0]
-    except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError((str(errors[0]) or type(errors[0]).__name__).splitlines()[0])
+    except (KeyError, ValueError) as error:
         fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not all that torchrun "
-             f"sets, or no other process ({str(error).splitlines()[0]}); start with torchrun, or "
-             "unset WORLD_SIZE")
+             f"sets, or no other process ({error}); start with torchrun, or unset WORLD_SIZE")
 
 
 def meet(backend, errors):
@@ -200,18 +200,21 @@ def meet(backend, errors):
         own, count = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
         if own >= count:
             raise ValueError(f"RANK={own} is not below it")
-        if own or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:     # another process is the host
-            await_host(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+        # Torchrun is the host itself, mostly, and was there before us: if not now, it has ended.
+        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if own or hosted:
+            await_host(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"),
+                       min(PATIENCE.total_seconds(), 10 if hosted else math.inf))
         store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
         store.set_timeout(HOURS)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=HOURS)
-    except (ValueError, RuntimeError) as error:
+    except BaseException as error:
         errors.append(error)
 
 
-def await_host(address, port):
+def await_host(address, port, seconds):
     """Go on when somebody answers at that place; PyTorch itself would fill the screen meanwhile."""
-    deadline = time.monotonic() + PATIENCE.total_seconds()
+    deadline = time.monotonic() + seconds
     while address and port:
         try:
             return socket.create_connection((address, int(port)), timeout=5).close()
@@ -275,6 +278,9 @@ def guard(args):
     BEGUN.clear()
     try:
         yield
+    except SystemExit:          # with a line of its own
+        BEGUN.clear()
+        raise
     except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
         raise
     except OSError as error:

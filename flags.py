@@ -24,10 +24,10 @@ from recipes import (  # noqa: F401
 
 # ---- flags ------------------------------------------------------------------------------------
 
+PARENT = os.getppid()                   # torchrun, where it started this process
 # torchrun's number of this process; clusters leave one behind where there are no others
 RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
 RANK = int(RANK) if RANK.isdecimal() else 0
-PARENT = os.getppid()                   # torchrun, for such a process
 
 
 def plain(text):
@@ -117,9 +117,10 @@ def launch(main):
 
 
 def say(line):
-    """Print a line on stdout, above a progress bar if there is one; of several processes one."""
+    """Print a line, or some, on stdout, above a progress bar if there is one; of several processes
+    one. What it says of files may hold anything."""
     if not RANK:
-        tqdm.write(line, file=sys.stdout)
+        tqdm.write("\n".join(map(plain, line.split("\n"))), file=sys.stdout)
         sys.stdout.flush()
 
 

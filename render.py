@@ -139,7 +139,8 @@ def _counted(row):
 
 def _class(report, shares, which):
     """The accuracy of the worst or the best class, and its name."""
-    names = report.get("classes") or range(len(shares))
+    names = report.get("classes") or ()
+    names = names if len(names) == len(shares) else range(len(shares))
     place = shares.index(which(shares))
     return f"{100 * shares[place]:.2f} ({names[place]})"
 

@@ -79,7 +79,8 @@ def build(recipe, results_dir="results"):
                   if "class_names" in run["config"]), None)
     classes = len(classes) if isinstance(classes, list) else classes
     return {"schema": SCHEMA, "recipe": recipe, "settings": made, "rows": list(rows.values()),
-            "comparisons": compare(rows), "notes": notes, "unfinished": unfinished,
+            "comparisons": compare(rows), "notes": list(map(plain, notes)),
+            "unfinished": unfinished,
             "chance": 1 / classes if classes else None,
             "classes": names and list(map(plain, names))}, runs, pooled
 
@@ -159,7 +160,7 @@ def _notes(groups, rows, made, no_gap, silent):
         (no_gap and not silent, f"No gap is shown: {no_gap}."),
         (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy "
                      "(-: not learned, or no seed in common)."))
-    return [plain(note) for applies, note in notes if applies]
+    return [note for applies, note in notes if applies]
 
 
 # Markers of the README.
@@ -218,7 +219,7 @@ def publish(flags):
     print(f"published in {target}")
     for old in sorted(path.name for path in target.iterdir() if path.is_dir()):
         if old not in names:
-            print(f"{target / old} is not among these runs: remove it if it should not stay")
+            print(f"{plain(target / old)} is not among these runs: remove it if it should not stay")
     return report
 
 

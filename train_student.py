@@ -81,12 +81,13 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
             size % world() or mixed and train.labelled_of(size) % world())] or ["fewer processes"]
         flags.fail(f"--batch-size {args.batch_size}: the {train.step_size} images of a step{mixed} "
                    f"cannot be shared equally by {world()} processes; give {fits[-1]}")
-    if args.norm == "batch" and train.step_size == world():
+    fixed = vars(args).get("freeze", "none") != "none" and not args.unfreeze_at
+    if args.norm == "batch" and train.step_size == world() and not fixed:
         try:
             copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))
         except ValueError:
-            flags.fail(f"--norm batch with --batch-size {args.batch_size}: a batch of one image is "
-                       "a single value to some layer, which has no deviation; give a larger one")
+            flags.fail(f"--norm batch with --batch-size {args.batch_size}: one image (a process) "
+                       "is a single value to some layer, without a deviation; give a larger one")
     size = data.scoring_size(shape[1:])
     val, test = (batches(split, size) for split in (splits.val, splits.test))
     return SimpleNamespace(args=args, device=device, splits=splits, model=model, folder=folder,
@@ -135,6 +136,9 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
     if job.args.dry_run:
         flags.say("dry run: all of the above was checked, no run was made")
         return job.config
+    # A stop may come while an error of another process's end is on its way out of here, too.
+    flags.BEGUN[:] = (f"{job.folder}: ",
+                      f"{flags.again(job.args)} goes on after its last finished epoch")
     wait()          # until every process has seen the folder as it was
     lock = runs.begin_run(job.args, job.folder, job.config) if rank() == 0 else None
     wait()
@@ -142,9 +146,6 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - (teacher_seconds or 0)
     job.facts["teacher_seconds"] = teacher_seconds
-    # A stop may come while an error of another process's end is on its way out of here, too.
-    flags.BEGUN[:] = (f"{job.folder}: ",
-                      f"{flags.again(job.args)} goes on after its last finished epoch")
     try:
         final = common.fit(job.args, job.folder, job.model, loss_fn, job.batches, job.card,
                            job.facts, average, plots.draw_curves)

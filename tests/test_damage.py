@@ -327,6 +327,18 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_last_state(easy, tmp_path, c
     assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "whole" / RUN))
 
 
+def test_a_stop_while_a_file_is_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    runs.write_whole(tmp_path / "final.json", b"old")
+    monkeypatch.setattr(runs.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_whole(tmp_path / "final.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["final.json"]
+    assert (tmp_path / "final.json").read_bytes() == b"old"
+
+
 def test_a_small_file_system_that_runs_full(easy, tmp_path):
     """A real one of 300 kB, in which five checkpoints' worth of files do not fit."""
     script = textwrap.dedent("""

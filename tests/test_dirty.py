@@ -249,3 +249,17 @@ def test_one_image_a_class_is_enough(tmp_path):
     folder = tiny.make_folder(tmp_path / "root", train=1, test=1, side=2)
     final = tiny.run(train_student, folder, tmp_path, "--val-fraction", 0)
     assert final["val_accuracy"] is None and 0 <= final["test_accuracy"] <= 1
+
+
+def test_memory_that_gives_out_is_not_taken_for_a_broken_exif(monkeypatch):
+    def gives(error):
+        def transpose(_):
+            raise error
+        monkeypatch.setattr(decode.ImageOps, "exif_transpose", transpose)
+
+    image = Image.new("RGB", (2, 3))
+    gives(ValueError("broken"))
+    assert decode.upright(image) is image
+    gives(MemoryError())
+    with pytest.raises(MemoryError):
+        decode.upright(image)

@@ -118,6 +118,13 @@ def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     assert epochs >= 1 and final["epochs"] == 400
 
 
+def test_torchrun_may_leave_the_store_to_the_first_process(easy, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    child = start("train_student.py", tiny.words(easy, tmp_path, epochs=1))
+    _, err = child.communicate(timeout=100)
+    assert child.returncode == 0, err
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_workers_of_a_torchrun_that_is_killed_while_they_start_end_too(easy, tmp_path, after):
     child = start("train_student.py", tiny.words(easy, tmp_path, "--run", "cut", epochs=400))

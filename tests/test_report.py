@@ -128,6 +128,11 @@ def test_pairs_share_their_teacher(tmp_path):
     assert found["kd-only - kd"]["seeds"] == [0, 1]
     assert found["kd-only - kd"]["mean"] == pytest.approx(0)             # 1, -1
     assert found["kd - student alone"]["n"] == found["kd-only - student alone"]["n"] == 3
+    for seed in range(3):
+        config = tmp_path / "digits" / f"kd-s{seed}" / "config.json"
+        config.write_text(config.read_text().replace(f"{seed}" * 64, "f" * 64))
+    found = compared(numbers(tmp_path))["kd-only - kd"]["best"]
+    assert (found["n"], found["verdict"]) == (0, "other teachers")
     told = "Taught by another than the teacher of their seed: kd-only-s2 (teacher-s1)."
     assert told in result["notes"]
 
@@ -496,7 +501,12 @@ def change(**changes):
 
 @pytest.mark.parametrize("file, edit, told", [
     ("final.json", lambda path: path.write_text(path.read_text()[:99]), "cut short"),
-    ("final.json", lambda path: path.write_text("[]"), "lacks 'seed'"),
+    ("final.json", lambda path: path.write_text("[]"), "not a mapping"),
+    ("final.json", change(seed="drop"), "lacks 'seed'"),
+    ("final.json", change(recipe="drop"), "lacks 'recipe'"),
+    ("final.json", change(recomputed_val_accuracy="x"), "recomputed_val_accuracy cannot be 'x'"),
+    ("config.json", lambda path: path.write_text("[[1, 2]]"), "not a mapping"),
+    ("config.json", change(dataset=[5]), "dataset cannot be [5]"),
     ("final.json", change(learned="drop"), "lacks 'learned'"),
     ("final.json", change(test_accuracy=None), "test_accuracy cannot be None"),
     ("final.json", change(test_accuracy=70.5), "test_accuracy cannot be 70.5"),
@@ -630,6 +640,18 @@ def test_agreement_is_with_the_network_that_taught(tmp_path):
             "(elsewhere/teacher-s0/best.pt), far-s1 (best.pt).") in result["notes"]
 
 
+def test_outputs_of_other_sets_are_not_mixed(tmp_path):
+    folder = make_six(tmp_path, 2, only=("teacher", "student"), class_names=["a", "b"])
+    for run, classes in (("teacher-s0", 2), ("student-s0", 3), ("student-s1", 2)):
+        outputs(folder / run, np.eye(classes), np.arange(classes))
+    report.main(["--results-dir", str(tmp_path)])
+    rows = rows_of(numbers(tmp_path))
+    assert rows["student"]["beside"]["classes"] == [1, 1, 1]
+    assert "agreement" not in rows["student"]["beside"]
+    np.savez(folder / "teacher-s0" / "test.npz", logits=np.eye(40), labels=np.uint8(range(40)))
+    assert rows_of(numbers(tmp_path))["teacher"]["beside"]["classes"] == [1] * 40
+
+
 @pytest.mark.parametrize("weights, known", [("a" * 64, True), ("b" * 64, False)])
 def test_agreement_is_not_with_a_teacher_that_was_trained_anew(tmp_path, weights, known):
     folder = make_six(tmp_path, 1, only=("student",))
@@ -660,7 +682,8 @@ def test_damaged_outputs_are_named(tmp_path, capsys):
 
 
 def test_what_files_say_cannot_steer_a_terminal(tmp_path, capsys):
-    make_six(tmp_path, only=("teacher", "student"), torch="\x1b[2J", date="a\nb")
+    folder = make_six(tmp_path, only=("teacher", "student"), torch="\x1b[2J", date="a\nb")
+    (folder / "begun\x1b[0m").mkdir()
     print(render.terminal(numbers(tmp_path)))
     told = capsys.readouterr().out
     assert "\\x1b[2J" in told and "a\\nb" in told and "\x1b" not in told

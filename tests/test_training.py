@@ -22,7 +22,8 @@ FINAL = {
     "ema_best_epoch", "val_accuracy", "test_accuracy", "test_loss", "ema_val_accuracy",
     "ema_test_accuracy", "last_test_accuracy", "learned", "seconds", "images_per_second",
     "setup_seconds", "teacher_seconds", "peak_memory_bytes", "device", "precision", "torch",
-    "schema", "ema_last_test_accuracy", "recomputed_val_accuracy", "recomputed_test_accuracy"}
+    "schema", "ema_last_test_accuracy", "recomputed_val_accuracy", "recomputed_test_accuracy",
+    "weights_sha256"}
 METRICS = (
     "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
     "ema_val_accuracy", "lr", "seconds", "images_per_second")
@@ -175,6 +176,7 @@ def test_best_pt_alone_classifies_images(finished, easy):
     name, folder, final = finished
     card = tiny.load(folder / "best.pt")
     assert card["epoch"] == final["best_epoch"] and card["recipe"] == "digits"
+    assert final["weights_sha256"] == models.weights_sha256(card["model"])
     assert card["classes"] == sorted(tiny.COLOURS)
     paths = sorted(easy.glob("test/*/*.png"))
     x = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
