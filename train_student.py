@@ -137,8 +137,8 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         flags.say("dry run: all of the above was checked, no run was made")
         return job.config
     # A stop may come while an error of another process's end is on its way out of here, too.
-    flags.BEGUN[:] = (f"{job.folder}: ",
-                      f"{flags.again(job.args)} goes on after its last finished epoch")
+    told = f"{job.folder}: ", f"{flags.again(job.args)} goes on after its last finished epoch"
+    flags.BEGUN[:] = told
     wait()          # until every process has seen the folder as it was
     lock = runs.begin_run(job.args, job.folder, job.config) if rank() == 0 else None
     wait()
@@ -152,7 +152,7 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         flags.BEGUN.clear()
         return final
     except KeyboardInterrupt as error:
-        flags.stopped(error, *flags.BEGUN)
+        flags.stopped(error, *told)
     finally:
         if lock is not None:
             runs.release(job.folder, lock)
