@@ -5,6 +5,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import functools
 import math
 import os
 import platform
@@ -171,9 +172,8 @@ def join(device):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG
             if os.getppid() != PARENT:
                 fail("torchrun has ended; start it again")
-    # Else gloo's threads may hold tensors when Python is taken apart, and abort.
     ENDINGS.append(dist.destroy_process_group)
-    errors = []
+    found = []
     try:
         if device.type == "cuda":
             own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -183,19 +183,20 @@ def join(device):
             torch.cuda.set_device(own)
         # C++ that waits for others keeps Python, in its main thread, from answering a signal.
         thread = threading.Thread(target=meet, daemon=True, args=(
-            "nccl" if device.type == "cuda" else "gloo", errors))
+            "nccl" if device.type == "cuda" else "gloo", found))
         thread.start()
         thread.join()
-        if errors:
-            raise ValueError((str(errors[0]) or type(errors[0]).__name__).splitlines()[0])
+        if isinstance(found[0], BaseException):
+            raise ValueError((str(found[0]) or type(found[0]).__name__).splitlines()[0])
+        ENDINGS[:] = [functools.partial(leave, found[0])]
     except (KeyError, ValueError) as error:
         fail(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but not all that torchrun "
              f"sets, or no other process ({error}); start with torchrun, or unset WORLD_SIZE")
 
 
-def meet(backend, errors):
-    """Find the others at the place that the environment names, and form a group with them; errors:
-    a list that takes what went wrong."""
+def meet(backend, found):
+    """Find the others at the place that the environment names, and form a group with them; found:
+    a list that takes their store, or what went wrong."""
     try:
         own, count = int(os.environ.get("RANK", 0)), int(os.environ["WORLD_SIZE"])
         if own >= count:
@@ -208,8 +209,21 @@ def meet(backend, errors):
         store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
         store.set_timeout(HOURS)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=HOURS)
+        found.append(store)
     except BaseException as error:
-        errors.append(error)
+        found.append(error)
+
+
+def leave(store):
+    """Leave the others once all are through: gloo takes a connection that closes for an error, even
+    of what has arrived; and where it is left to Python's end, its threads may abort."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    with contextlib.suppress(RuntimeError):     # the host of the store has left: all are through
+        through = store.add("through", 1)
+        while through < world() and time.monotonic() < deadline:
+            time.sleep(0.02)
+            through = store.add("through", 0)
+    dist.destroy_process_group()
 
 
 def await_host(address, port, seconds):

@@ -100,9 +100,9 @@ def launch(main):
         try:
             main()
             sys.stdout.flush()
-            for end in ENDINGS:     # all is whole: no stop changes that
+            for end in ENDINGS:     # all is whole: a stop needs no words
                 for each in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(each, signal.SIG_IGN)
+                    signal.signal(each, signal.SIG_DFL)
                 end()
         except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
             os._exit(141)
