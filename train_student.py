@@ -81,7 +81,8 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
             size % world() or mixed and train.labelled_of(size) % world())] or ["fewer processes"]
         flags.fail(f"--batch-size {args.batch_size}: the {train.step_size} images of a step{mixed} "
                    f"cannot be shared equally by {world()} processes; give {fits[-1]}")
-    fixed = vars(args).get("freeze", "none") != "none" and not args.unfreeze_at
+    fixed = vars(args).get("freeze", "none") != "none" and not (
+        1 <= args.unfreeze_at <= args.epochs)
     if args.norm == "batch" and train.step_size == world() and not fixed:
         try:
             copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))
