@@ -154,7 +154,8 @@ def draw_details(panels, path, title="", classes=None):
                 low.text(said, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=5.5,
                          color="black" if share > 0.3 else "white")
         if len(shares) <= 20:
-            names = [_short(name, 10) for name in classes or map(str, range(len(shares)))]
+            known = classes if classes and len(classes) == len(shares) else range(len(shares))
+            names = [_short(name, 10) for name in known]
             low.set_xticks(range(len(names)), names, fontsize=7,
                            rotation=90 if max(map(len, names)) > 2 else 0)
             low.set_yticks(range(len(names)), names if not column else [""] * len(names),

@@ -648,6 +648,10 @@ def test_outputs_of_other_sets_are_not_mixed(tmp_path):
     rows = rows_of(numbers(tmp_path))
     assert rows["student"]["beside"]["classes"] == [1, 1, 1]
     assert "agreement" not in rows["student"]["beside"]
+    outputs(folder / "teacher-s0", np.eye(2), [0, 1])
+    outputs(folder / "student-s0", np.eye(2), [1, 0])       # another test set of the same size
+    outputs(folder / "student-s1", np.eye(2), [0, 1])
+    assert "agreement" not in rows_of(numbers(tmp_path))["student"]["beside"]
     np.savez(folder / "teacher-s0" / "test.npz", logits=np.eye(40), labels=np.uint8(range(40)))
     assert rows_of(numbers(tmp_path))["teacher"]["beside"]["classes"] == [1] * 40
 
