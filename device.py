@@ -207,6 +207,9 @@ def meet(backend, found):
             await_host(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"),
                        min(PATIENCE.total_seconds(), 10 if hosted else math.inf))
         store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        if store.add("here", 1) == count:       # one that started may be stuck before it is here
+            store.set("all here", "")
+        store.wait(["all here"], PATIENCE)
         store.set_timeout(HOURS)
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=HOURS)
         found.append(store)

@@ -139,10 +139,11 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
         return job.config
     # A stop may come while an error of another process's end is on its way out of here, too.
     told = f"{job.folder}: ", f"{flags.again(job.args)} goes on after its last finished epoch"
-    flags.BEGUN[:] = told
+    flags.BEGUN[:] = () if job.args.overwrite else told     # the old run may still be whole
     wait()          # until every process has seen the folder as it was
     lock = runs.begin_run(job.args, job.folder, job.config) if rank() == 0 else None
     wait()
+    flags.BEGUN[:] = told
     if job.args.compile:
         job.model.compile(dynamic=False)       # one shape, one kernel, whatever came before
     job.facts["setup_seconds"] = time.perf_counter() - job.started - (teacher_seconds or 0)

@@ -342,6 +342,19 @@ def test_what_cannot_be_frozen(easy, tmp_path, capsys):
     assert "warning: --freeze features without --init-from" in tiny.said(capsys)
 
 
+@pytest.mark.parametrize("words, runs", [
+    ("", True), ("--unfreeze-at 3", True), ("--unfreeze-at 2", False), ("--freeze none", False)])
+def test_one_image_and_batchnorm_where_it_is_frozen(easy, tmp_path, capsys, words, runs):
+    """One image has no deviation; frozen statistics need none, until they thaw."""
+    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 2,
+                       "--batch-size", 1, "--norm", "batch", "--freeze", "features", "--dry-run",
+                       *words.split())
+    if runs:
+        assert train_student.main(words)
+    else:
+        tiny.refused(capsys, train_student, words, "--norm batch", "--batch-size 1")
+
+
 def test_resume_names_what_differs(easy, tmp_path, capsys):
     tiny.run(train_student, easy, tmp_path, epochs=1)
     (tmp_path / "digits/student-s0/final.json").unlink()

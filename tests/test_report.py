@@ -417,7 +417,7 @@ def test_publish_copies_the_small_files_only(tmp_path, capsys):
     (folder / "teacher-s0" / "curves.png").write_bytes(b"x" * 200_000)
     (folder / "kd-only-s1").mkdir()  # unfinished
     target = tmp_path / "published" / "digits"
-    (target / "gone-s0").mkdir(parents=True)
+    (target / "gone\x1b[2J-s0").mkdir(parents=True)
     result = run("publish", "--results-dir", tmp_path)
     three = {"config.json", "metrics.csv", "final.json"}
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
@@ -425,7 +425,7 @@ def test_publish_copies_the_small_files_only(tmp_path, capsys):
         f"{name}-s0/{file}" for name in SIX for file in three}
     assert (target / "kd-s0/final.json").read_bytes() == (folder / "kd-s0/final.json").read_bytes()
     assert json.loads((target / "report.json").read_text()) == result
-    assert f"{target / 'gone-s0'} is not among these runs" in capsys.readouterr().out
+    assert rf"{target}/gone\x1b[2J-s0 is not among these runs" in capsys.readouterr().out
     # the published folder has the layout of any other, so a report can be made of it
     again = run("--results-dir", tmp_path / "published")
     assert rows_of(again) == rows_of(result)
@@ -654,6 +654,8 @@ def test_outputs_of_other_sets_are_not_mixed(tmp_path):
     assert "agreement" not in rows_of(numbers(tmp_path))["student"]["beside"]
     np.savez(folder / "teacher-s0" / "test.npz", logits=np.eye(40), labels=np.uint8(range(40)))
     assert rows_of(numbers(tmp_path))["teacher"]["beside"]["classes"] == [1] * 40
+    np.savez(folder / "teacher-s0" / "test.npz", logits=np.eye(2), labels=np.uint64([1, 1]))
+    assert rows_of(numbers(tmp_path))["teacher"]["beside"]["classes"] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("weights, known", [("a" * 64, True), ("b" * 64, False)])

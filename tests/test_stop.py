@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -87,6 +88,8 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     ("train_student.py", (), {"WORLD_SIZE": "two"}, 2, "torchrun"),
     ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "127.0.0.1",
                               "MASTER_PORT": "9"}, 2, "RANK=5"),
+    ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": "99999999"}, 2, "torchrun"),
     ("calc.py", ("shape", "3x8x8", "fc:2"), {}, 0, "")])
 def test_an_environment_that_is_not_whole(easy, tmp_path, script, flags, there, code, named):
     flags = flags or tiny.words(easy, tmp_path, "--epochs", 1)
@@ -120,7 +123,9 @@ def test_a_process_that_finds_no_others_can_be_stopped(easy, tmp_path, number):
     assert code == 143 and len(lines) == 1 and "stopped" in lines[0], lines
 
 
-def test_a_process_that_finds_no_others_ends_with_a_line(monkeypatch, capsys):
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """This process is the second of two, with little patience; give the port of the first."""
     monkeypatch.setattr(device, "PATIENCE", datetime.timedelta(seconds=1))
     monkeypatch.setattr(device, "ENDINGS", [])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -128,10 +133,59 @@ def test_a_process_that_finds_no_others_ends_with_a_line(monkeypatch, capsys):
     for name, value in dict(WORLD_SIZE=2, RANK=1, MASTER_ADDR="127.0.0.1",
                             MASTER_PORT=port).items():
         monkeypatch.setenv(name, str(value))
+    return port
+
+
+def not_joined(capsys):
+    """Join, in vain; return the line."""
     with pytest.raises(SystemExit) as left:
         device.join(torch.device("cpu"))
     line = capsys.readouterr().err
-    assert left.value.code == 2 and line.count("\n") == 1 and f"127.0.0.1:{port}" in line, line
+    assert left.value.code == 2 and line.count("\n") == 1, line
+    return line
+
+
+def test_a_process_that_finds_no_others_ends_with_a_line(one_of_two, capsys):
+    assert f"127.0.0.1:{one_of_two}" in not_joined(capsys)
+
+
+def test_a_first_process_that_stays_silent_is_not_waited_for(one_of_two, monkeypatch, capsys):
+    """Torchrun's store answers for it, so all looks well."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.TCPStore("127.0.0.1", one_of_two, is_master=True,
+                                       wait_for_workers=False)
+    started = time.monotonic()
+    assert "no other process" in not_joined(capsys)
+    assert time.monotonic() - started < 20 and store.port == one_of_two
+
+
+@pytest.mark.parametrize("under, ended", [(True, True), (False, False)])
+def test_only_under_torchrun_another_parent_is_an_end(one_of_two, monkeypatch, capsys, under,
+                                                      ended):
+    """A launcher of another kind may start us and go; torchrun goes only when it is killed."""
+    monkeypatch.setattr(device, "PARENT", -1)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+    if under:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert ("torchrun has ended" in not_joined(capsys)) == ended
+
+
+@pytest.mark.parametrize("old, told", [(False, True), (True, False)])
+def test_a_stop_before_the_old_run_is_gone_does_not_say_that_it_goes_on(easy, tmp_path, monkeypatch,
+                                                                        old, told):
+    """Of several processes one waits for the others there; the old run may not be this one's."""
+    flags = ["--overwrite"] if old else []
+    seen = []
+
+    def wait():
+        seen.append(list(train_student.flags.BEGUN))
+
+    monkeypatch.setattr(train_student, "wait", wait)
+    for _ in range(1 + old):
+        tiny.run(train_student, easy, tmp_path, *flags, epochs=1)
+        assert [bool(begun) for begun in seen[-2:]] == [told, told]
+    assert not train_student.flags.BEGUN
 
 
 def stop(child, sent):
