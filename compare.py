@@ -40,8 +40,8 @@ COMPARISONS = {  # title -> (row, minus this row, the question that the differen
     "kd-only - kd": ("kd-only", "kd", "does it help to leave the labels out?"),
     "kd, average - kd": ("kd/average", "kd", "is the average better than its student?"),
     "kd-ema - student alone": ("kd-ema", "student", "does its own EMA help as a teacher?"),
-    "mean teacher, student - alone": (
-        "mean-teacher", "student", "does mean teacher help?"),
+    "kd-ema, average - kd-ema": ("kd-ema/average", "kd-ema", "is the average better?"),
+    "mean teacher, student - alone": ("mean-teacher", "student", "does mean teacher help?"),
     "mean teacher, average - alone": (
         "mean-teacher/average", "student", "does it help, where the average is used?"),
     "mean teacher, no EMA - alone": (

@@ -272,6 +272,12 @@ def advice(known):
          "cannot tell, hurts, hurts, cannot tell",
          [above(f"{n} labels, mean teacher - alone:", swept("labels-mean-teacher")[n],
                 swept("labels-student")[n]) for n in ("500", "1000", "2000", "all")]),
+        ("its own EMA as the teacher", "Not with a large α from the start: it held the student "
+         "back, and the average with it. Ramped up beside the labels, as mean teacher does, it "
+         "helped where labels were few.", "hurts, cannot tell, helps",
+         in_report(known, "kd-ema - student alone", "cifar10-he-max")
+         + in_report(known, "kd-ema, average - kd-ema", "cifar10-he-max")
+         + in_report(known, "mean teacher, student - alone", "cifar10-1000-labels")),
     )
     for choice, _, expected, measured in lines:
         told = [verdict for _, verdict in measured]

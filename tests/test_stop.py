@@ -32,7 +32,7 @@ def start(easy, results, *flags, script="train_student.py"):
 
 
 def until(condition, child):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -77,7 +77,7 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     child = start(easy, tmp_path)
     assert child.stdout.readline()
     child.stdout.close()
-    child.wait(timeout=60)
+    child.wait(timeout=120)
     assert child.returncode == 141 and not child.stderr.read()
     child.stderr.close()
 
@@ -191,7 +191,7 @@ def test_a_stop_before_the_old_run_is_gone_does_not_say_that_it_goes_on(easy, tm
 def stop(child, sent):
     """Stop a process; return its exit code and the lines on stderr."""
     child.send_signal(sent)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=120)
     return child.returncode, err.splitlines()
 
 
