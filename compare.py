@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail, plain
-from runs import FACTS, FREE, METRICS, SCHEMA, altered, is_accuracy, this_version
+from runs import FACTS, FREE, METRICS, SCHEMA, altered, is_accuracy, teacher_of, this_version
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -150,17 +150,6 @@ def _family(run):
     return name, None if name == run["name"] else seed
 
 
-def teacher_of(run):
-    """Return the name of the run that this one is set beside: the teacher that was typed, else that
-    of its seed, for a student alone and one of its own average too. None where the one that was
-    typed is no run of this recipe."""
-    typed = run["config"].get("teacher")
-    if typed in (None, "ema"):
-        return f"teacher-s{run['final']['seed']}"
-    *_, recipe, name, file = "", "", *Path(str(typed)).parts
-    return name if (recipe, file) == (run["final"]["recipe"], "best.pt") else None
-
-
 def label(key):
     """What a row is called: ROWS, else the run's own name."""
     name, _, average = key.partition("/")
@@ -183,6 +172,7 @@ def make_rows(groups):
                     "runs": [run["name"] for run in runs.values()],
                     "teachers": [teacher_of(run) for run in runs.values()],
                     "taught": [run["config"].get("teacher_sha256") for run in runs.values()],
+                    "data": [run["config"].get("data_key") for run in runs.values()],
                     "weights": [final.get("weights_sha256") for final in finals],
                     "learned": all(final["learned"] for final in finals), "mixed": mixed(runs),
                     "silent": [seed for seed, run in runs.items() if not run["final"]["learned"]],
@@ -297,6 +287,13 @@ def by_seed(row, name):
     return dict(zip(row["seeds"], values, strict=True))
 
 
+def same(a, b, name):
+    """Return the seeds of which two rows have the same, as far as both say what they have."""
+    one, other = by_seed(a, name), by_seed(b, name)
+    return {seed for seed in one if seed in other
+            and (one[seed] == other[seed] or not (one[seed] and other[seed]))}
+
+
 def compare(rows):
     """COMPARISONS of the rows that are there, paired by seed, in points (100 x accuracy); none of
     two networks that differ in more than their training, but for student and teacher."""
@@ -312,14 +309,14 @@ def compare(rows):
 
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
-    one, other = by_seed(a, "taught"), by_seed(b, "taught")
     shared = [seed for seed in ours if seed in theirs]
-    seeds = [seed for seed in shared            # two taught by one network are a pair
-             if one[seed] == other[seed] or not (one[seed] and other[seed])]
+    data, taught = same(a, b, "data"), same(a, b, "taught")     # two of one teacher are a pair
+    seeds = [seed for seed in shared if seed in data & taught]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
     if not seeds:
-        return {**entry, "verdict": "other teachers" if shared else "no shared seed"}
+        return {**entry, "verdict": "no shared seed" if not shared else
+                "other data" if not data & {*shared} else "other teachers"}
     if any(ours[seed] is None or theirs[seed] is None for seed in seeds):
         return {**entry, "verdict": "not recorded"}
     centre, low, high = interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])
@@ -342,22 +339,24 @@ def add_gaps(rows):
             return f"the {label(key)} did not learn"
     teacher, alone = (by_seed(rows[key], "test_accuracy") for key in ("teacher", "student"))
     silent = {*rows["teacher"]["silent"], *rows["student"]["silent"]}
+    if len({*rows["teacher"]["data"], *rows["student"]["data"]} - {None}) > 1:
+        return "the teacher and the student alone are of other data"
     if mean(teacher.values()) <= mean(alone.values()):
         return "the teacher is not above the student alone"
     for row in rows.values():
         own = by_seed(row, "test_accuracy")
         seeds = [seed for seed in own if seed in alone]
-        if silent & set(seeds) or row["mixed"]:
+        other = {*seeds} - same(row, rows["student"], "data")
+        if silent & set(seeds) or row["mixed"] or other:
             continue
         taught = [seed for seed in seeds if seed in teacher] or list(teacher)
         if seeds and row["learned"]:
             base = mean(alone[seed] for seed in seeds)
             whole = mean(teacher[seed] for seed in taught) - base
             row["gap"] = (mean(own[seed] for seed in seeds) - base) / whole if whole > 0 else None
-    if silent and all(row["gap"] is None for row in rows.values()):
-        doubtful = [label(key) for key in ("teacher", "student") if rows[key]["silent"]]
-        return f"the {' and the '.join(doubtful)} did not learn"
-    return None
+    doubtful = [label(key) for key in ("teacher", "student") if rows[key]["silent"]]
+    return (f"the {' and the '.join(doubtful)} did not learn"
+            if doubtful and all(row["gap"] is None for row in rows.values()) else None)
 
 
 # ---- beside accuracy --------------------------------------------------------------------------

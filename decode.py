@@ -9,7 +9,10 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
+
+# Else PIL starts Ghostscript for PostScript, which is a program; IPTC files may hold some, too.
+EpsImagePlugin.gs_binary = False
 
 
 def resize(image, size):
@@ -89,7 +92,7 @@ def read_image(path, size, fit):
     MemoryError, is no fault of the file."""
     try:
         with Image.open(path) as image:
-            if image.format == "EPS":       # PIL would start Ghostscript
+            if image.format == "EPS":
                 raise ValueError("PostScript is a program, which is not run")
             rgb = to_rgb(upright(image))
         if rgb.size != (size, size):

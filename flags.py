@@ -41,7 +41,8 @@ def fail(message, code=2):
     text = f"process {RANK}: {message}" if RANK else str(message)       # each may fail alone
     text = text if len(text) < 3000 else f"{text[:2000]} … {text[-900:]}"
     # In one piece: of several processes each may write.
-    tqdm.write(f"error: {plain(text)}\n", file=sys.stderr, end="")
+    with contextlib.suppress(OSError):      # no room where it goes: the code says it, too
+        tqdm.write(f"error: {plain(text)}\n", file=sys.stderr, end="")
     raise SystemExit(code)
 
 
@@ -106,6 +107,9 @@ def launch(main):
                 end()
         except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
             os._exit(141)
+        except OSError as error:    # no room where it is printed
+            sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+            fail(f"{error.filename or 'standard output'}: {error.strerror or error}; mend that")
         except KeyboardInterrupt as error:
             stopped(error, *(BEGUN or ("", "nothing was begun that is not whole; start it again")))
     except SystemExit as error:

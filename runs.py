@@ -93,10 +93,11 @@ def crc(path):
 
 def write_final(folder, final):
     """Write final.json, the last file of a run, and before it the checksums of all its files."""
-    for name in ("config.json", "best.pt"):
+    for name, way_out in (("config.json", "--overwrite"),
+                          ("best.pt", "--resume, which makes it from checkpoint.pt")):
         if not (folder / name).exists():
             fail(f"{folder / name}: was removed while the run was under way; run it again with "
-                 "--overwrite")
+                 f"{way_out}")
     data = json.dumps(final, indent=1).encode() + b"\n"
     sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)
             if path.exists() and path.name not in (SUMS, "final.json")} | {
@@ -316,6 +317,17 @@ def begin_run(args, folder, config):
         fail(f"{error.filename or folder}: cannot be made or written ({error.strerror}); mend "
              "that, or give another --results-dir")
     return lock
+
+
+def teacher_of(run):
+    """Return the name of the run that this one is set beside: the teacher that was typed, else that
+    of its seed, for a student alone and one of its own average too. None where the one that was
+    typed is no run of this recipe."""
+    typed = run["config"].get("teacher")
+    if typed in (None, "ema"):
+        return f"teacher-s{run['final']['seed']}"
+    *_, recipe, name, file = "", "", *Path(str(typed)).parts
+    return name if (recipe, file) == (run["final"]["recipe"], "best.pt") else None
 
 
 def write_outputs(path, outputs, labels):

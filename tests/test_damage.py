@@ -115,8 +115,9 @@ def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
     tiny.refused(capsys, train_student, words, path, "--overwrite")
 
 
-@pytest.mark.parametrize("name", ["best.pt", "config.json"])
-def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, monkeypatch, name):
+@pytest.mark.parametrize("name, way_out", [("best.pt", "--resume"), ("config.json", "--overwrite")])
+def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, monkeypatch, name,
+                                                     way_out):
     whole, folder = runs.write_outputs, tmp_path / RUN
 
     def removed(*what):
@@ -124,8 +125,12 @@ def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, mon
         whole(*what)
 
     monkeypatch.setattr(runs, "write_outputs", removed)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder / name, "--overwrite")
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder / name, way_out)
     assert not (folder / "final.json").exists()
+    monkeypatch.undo()
+    epochs = len(tiny.metrics(folder))
+    assert tiny.run(train_student, easy, tmp_path, way_out)["epochs"] == epochs == 2
+    assert way_out == "--overwrite" or "going on after epoch 2" in tiny.said(capsys)
 
 
 @pytest.mark.parametrize("changed", [dict(epochs=2.0), dict(schema=True), dict(schema="1")])

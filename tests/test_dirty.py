@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import data
 import decode
@@ -73,6 +73,28 @@ def test_a_bad_file_is_refused_by_path_and_reason(folder, capsys, monkeypatch, n
     write(path)
     refused(capsys, folder, path, reason, "such files: 1 of 25", "--skip-bad")
     assert len(load(folder, skip_bad=True).test.labels) == 8
+
+
+@pytest.mark.parametrize("inside", [1, 2])
+def test_no_other_program_is_started(tmp_path, monkeypatch, inside):
+    """PIL hands PostScript to Ghostscript, that inside of an IPTC file too, whatever its name."""
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n"
+    for _ in range(inside):
+        fields = ((3, 60, b"\1\0"), (3, 20, b"\0\20"), (3, 30, b"\0\20"), (3, 120, b"\0\5"),
+                  (8, 10, content + b"%" * 200), (8, 11, b""))
+        content = b"".join(b"\x1c" + bytes(tag) + len(data).to_bytes(2, "big") + data
+                           for *tag, data in fields)
+    (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"a\.png"):
+        decode.read_image(tmp_path / "a.png", 16, "resize")
+    assert not (tmp_path / "started").exists()
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)       # how it would be without our care
+    with pytest.raises(ValueError, match=r"a\.png"):
+        decode.read_image(tmp_path / "a.png", 16, "resize")
+    assert (tmp_path / "started").exists()
 
 
 def test_other_damage_than_pil_knows_of_is_refused_too(folder, capsys, monkeypatch):

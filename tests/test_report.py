@@ -137,6 +137,26 @@ def test_pairs_share_their_teacher(tmp_path):
     assert told in result["notes"]
 
 
+def test_pairs_share_their_data(tmp_path):
+    """Seed 0 of the student alone learned from other images: no pair; of both seeds: no verdict."""
+    make_six(tmp_path, 2, only=("teacher", "student", "kd"))
+    for seed, pairs in ((0, [1]), (1, [])):
+        config = tmp_path / "digits" / f"student-s{seed}" / "config.json"
+        config.write_text(config.read_text().replace("d" * 64, "e" * 64))
+        result = numbers(tmp_path)
+        found = compared(result)["kd - student alone"]["best"]
+        assert found["seeds"] == pairs
+        assert all(row["gap"] is None for row in result["rows"])
+        assert "No gap is shown: the teacher and the student alone are of other data." in (
+            result["notes"])
+    assert found["verdict"] == "other data"
+    for seed in range(2):
+        config = tmp_path / "digits" / f"teacher-s{seed}" / "config.json"
+        config.write_text(config.read_text().replace("d" * 64, "e" * 64))
+    rows = rows_of(numbers(tmp_path))
+    assert rows["student"]["gap"] == 0 and rows["kd"]["gap"] is None
+
+
 def test_pairs_share_a_seed(tmp_path):
     """A seed that only one side has must not count: as means, kd would look 15 points ahead."""
     for seed, (alone, kd) in enumerate([(70, 71), (71, 73), (30, None), (None, 99)]):

@@ -82,6 +82,20 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     child.stderr.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("script, flags", [
+    ("common.py", ["--recipes"]), ("calc.py", ["arch", "digits"]), ("train_student.py", []),
+    ("calc.py", ["arch", "none"])])
+def test_no_room_where_it_is_printed(tmp_path, script, flags):
+    """A line and exit code 2; where the line itself has no room, the code alone."""
+    flags = flags or ["--dry-run", f"--results-dir={tmp_path}"]
+    command = [sys.executable, ROOT / script, *flags]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 2
+
+
 @pytest.mark.parametrize("script, flags, there, code, named", [
     ("train_student.py", (), {"RANK": "abc"}, 0, ""),
     ("train_student.py", (), {"WORLD_SIZE": "2", "RANK": "0"}, 2, "torchrun"),
