@@ -38,9 +38,10 @@ COMPARISONS = {  # title -> (row, minus this row, the question that the differen
     "kd - student alone": ("kd", "student", "does the teacher help?"),
     "kd-only - student alone": ("kd-only", "student", "does the teacher help, without labels?"),
     "kd-only - kd": ("kd-only", "kd", "does it help to leave the labels out?"),
-    "kd, average - kd": ("kd/average", "kd", "is the average better than its student?"),
+    "kd, average - kd": ("kd/average", "kd", "is the average better?"),
     "kd-ema - student alone": ("kd-ema", "student", "does its own EMA help as a teacher?"),
     "kd-ema, average - kd-ema": ("kd-ema/average", "kd-ema", "is the average better?"),
+    "kd - teacher": ("kd", "teacher", "is the distilled student better than its teacher?"),
     "mean teacher, student - alone": ("mean-teacher", "student", "does mean teacher help?"),
     "mean teacher, average - alone": (
         "mean-teacher/average", "student", "does it help, where the average is used?"),
@@ -52,10 +53,10 @@ COMPARISONS = {  # title -> (row, minus this row, the question that the differen
         "mean-teacher/average", "mean-teacher-no-ema", "does EMA help, where its average is used?"),
     "mean teacher, average - teacher": (
         "mean-teacher/average", "teacher", "does it help a network of the teacher's size?"),
-    "average - its student": (
-        "mean-teacher/average", "mean-teacher", "is the average better than its student?"),
+    "average - its student": ("mean-teacher/average", "mean-teacher", "is the average better?"),
     "student alone - teacher": ("student", "teacher", "is the small network better?"),
 }
+OF_TWO_SIZES = ("student", "teacher"), ("kd", "teacher")
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -296,10 +297,10 @@ def same(a, b, name):
 
 def compare(rows):
     """COMPARISONS of the rows that are there, paired by seed, in points (100 x accuracy); none of
-    two networks that differ in more than their training, but for student and teacher."""
+    two networks that differ in more than their training, but OF_TWO_SIZES."""
     found = []
     for title, (a, b, question) in COMPARISONS.items():
-        if a in rows and b in rows and ((a, b) == ("student", "teacher") or (
+        if a in rows and b in rows and ((a, b) in OF_TWO_SIZES or (
                 rows[a]["parameters"]["mean"] == rows[b]["parameters"]["mean"])):
             found.append({"title": title, "question": question, "a": a, "b": b,
                           "best": _difference(rows[a], rows[b], "test_accuracy"),

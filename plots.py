@@ -99,15 +99,19 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     panels = figure.subplot_mosaic([["accuracy", "test"], ["loss", "test"]],
                                    width_ratios=(1.15, 1), height_ratios=(1.9, 1))
     seen, highest, lowest = 0, [], []
+    lengths = [len(history) for row in rows for history in row["histories"]]
+    apart = max(lengths) > 3 * min(lengths)     # else the shorter run's curve would be a streak
     for row in rows:
+        row["whole"] = 100 / max(map(len, row["histories"])) if apart else 1
         row["colour"], row["line"] = style(row["key"], seen)
         seen += row["key"] not in STYLES
         if not row["prefix"]:  # an average is not trained: its student's line stands for both
             lowest += _mean_line(panels["accuracy"], row, "train_accuracy", 100, faint=True)[:1]
         lowest += _mean_line(panels["accuracy"], row, f"{row['prefix']}val_accuracy", 100)[:1]
         highest += _mean_line(panels["loss"], row, f"{row['prefix']}val_loss", 1)[1:]
-    _epoch_axis(panels["accuracy"])
-    _epoch_axis(panels["loss"])
+    each = f"share of the run (%), of {min(lengths)} to {max(lengths)} epochs" if apart else "epoch"
+    _epoch_axis(panels["accuracy"], each)
+    _epoch_axis(panels["loss"], each)
     # Runs end close together: what is below where the slowest is after a third needs no room.
     bottom = min((min(values[len(values) // 3:]) for values in lowest), default=0) - 5
     _percent_axis(panels["accuracy"], "validation accuracy (%)\nthin, faint: training", chance,
@@ -144,14 +148,14 @@ def draw_details(panels, path, title="", classes=None):
                     clip_on=False, zorder=3)
         top.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         top.set_title(_short(title), fontsize=TEXT)
-        _plain(top, "share that is right" if not column else None, "confidence")
+        _plain(top, "share that is right" if not column else None, "confidence (area: images)")
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         # Errors are small shares: by the square root they can be seen.
         image = low.imshow(shares, norm=PowerNorm(0.5, 0, 1), cmap="cividis")
         _plain(low, "true class" if not column else None, "class that was said")
         for (row, said), share in np.ndenumerate(shares) if len(shares) <= 12 else ():
-            if share >= 0.005:
-                low.text(said, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=5.5,
+            if (percent := f"{100 * share:.0f}") != "0":
+                low.text(said, row, percent, ha="center", va="center", fontsize=6.5,
                          color="black" if share > 0.3 else "white")
         if len(shares) <= 20:
             known = classes if classes and len(classes) == len(shares) else range(len(shares))
@@ -222,6 +226,7 @@ def _mean_line(axes, row, column, scale, faint=False):
     if not epochs:
         return ()
     values = [[seed[epoch] for seed in seeds] for epoch in epochs]
+    epochs = [epoch * row["whole"] for epoch in epochs]
     middle = [mean(at) for at in values]
     low, high = [min(at) for at in values], [max(at) for at in values]
     if faint:
@@ -261,11 +266,11 @@ def _plain(axes, ylabel, xlabel=None):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _epoch_axis(axes):
+def _epoch_axis(axes, label="epoch"):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
-    _plain(axes, None, "epoch")
+    _plain(axes, None, label)
 
 
 def _percent_axis(axes, label, chance, bottom=0):

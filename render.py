@@ -121,14 +121,20 @@ def _beside(report):
     outputs."""
     rows = [row for row in report["rows"] if row.get("beside")]
     return [[_counted(row), _percent(row["beside"]["calibration"]),
-             *((_percent(row["beside"]["agreement"]), _plain(row["beside"]["divergence"]))
-               if "agreement" in row["beside"] else "--"),
+             *((_percent(row["beside"]["agreement"]) + _pairs(row),
+                _plain(row["beside"]["divergence"])) if "agreement" in row["beside"] else "--"),
              *(_class(report, row["beside"]["classes"], which) for which in (min, max))]
             for row in rows]
 
 
 def _plain(figure):
     return f"{figure['mean']:.3f}" + ("" if figure["sd"] is None else f" ±{figure['sd']:.3f}")
+
+
+def _pairs(row):
+    """How many of a row's runs were set beside their teacher, where not all that could were."""
+    n, there = len(row["beside"]["agreement"]["values"]), row["beside"].get("n", len(row["seeds"]))
+    return f" ({n} of {there})" * (n < there)
 
 
 def _counted(row):

@@ -180,15 +180,20 @@ def write(flags):
     folder = Path(flags.results_dir) / flags.recipe
     write_whole(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     write_whole(folder / "report.md", render.markdown(report).encode(errors="backslashreplace"))
-    picture = folder / "comparison.png"
-    draw_comparison(report["rows"], runs, picture, flags.recipe, report["chance"])
+    draw(report, runs, pooled, folder)
+    print(f"{render.terminal(report)}\n\nreport   {plain(folder / 'report.md')}\n"
+          f"picture  {plain(folder / 'comparison.png')}")
+    return report
+
+
+def draw(report, runs, pooled, folder):
+    """Write comparison.png and, where runs kept their outputs, details.png."""
+    recipe = report["recipe"]
+    draw_comparison(report["rows"], runs, folder / "comparison.png", recipe, report["chance"])
     if pooled:
         draw_details({label(key): (calibration(*pooled[key])[1], confusion(*pooled[key]))
                       for key in [key for key in DETAILED if key in pooled] or list(pooled)[:4]},
-                     folder / "details.png", flags.recipe, report["classes"])
-    print(f"{render.terminal(report)}\n\nreport   {plain(folder / 'report.md')}\n"
-          f"picture  {plain(picture)}")
-    return report
+                     folder / "details.png", recipe, report["classes"])
 
 
 def publish(flags):
@@ -272,10 +277,13 @@ def sweep(args):
 
 
 def page(args):
-    """`report.py html`: all that a results folder holds in one file."""
-    root = Path(args.results_dir)
-    reports = [build(path.name, root)[0] for path in sorted(root.glob("*"))
-               if path.name in RECIPES and any(path.glob("*/final.json"))]
+    """`report.py html`: all that a results folder holds in one file, pictures drawn anew."""
+    root, reports = Path(args.results_dir), []
+    for folder in sorted(root.glob("*")):
+        if folder.name in RECIPES and any(folder.glob("*/final.json")):
+            report, *known = build(folder.name, root)
+            draw(report, *known, folder)
+            reports.append(report)
     sweeps = [path.parent for path in sorted(root.glob("sweeps/*/sweep.md"))]
     if not reports and not sweeps:
         fail(f"no finished run below {root}: make all trains those of the digits")

@@ -101,6 +101,10 @@ def sweep(args, script, words):
     """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
     early = first_look(words)
     names = [name for name, _ in args.over]
+    flags = [flag for name in names for flag in name.split("+")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            fail(f"sweep: --over names {flag} more than once; give all of its values in one")
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
     name = runs.plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
@@ -132,7 +136,8 @@ def sweep(args, script, words):
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "sweep.csv", names, found)
     draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
-    text = table(names, rows, best) + about(folder / early.recipe, script, words)
+    made = [folder / early.recipe / run for _, _, run, _ in plan]
+    text = table(names, rows, best) + about(made, script, words)
     runs.write_whole(folder / "sweep.md", text.encode())
     print(f"\n{terminal(names, rows, best)}\n\n{folder}/sweep.csv, sweep.md, sweep.png; "
           f"{time.perf_counter() - started:.0f} s")
@@ -243,9 +248,9 @@ def terminal(names, rows, best):
     return f"{aligned(lines)}\n\n{textwrap.fill(NOTE, 80)}"
 
 
-def about(folder, script, words):
+def about(folders, script, words):
     """What all of the sweep's runs have in common, or how they differ, in a line."""
-    configs = [runs.read_json(path) for path in sorted(folder.glob("*/config.json"))]
+    configs = [runs.read_json(folder / "config.json") for folder in folders]
     told = []
     for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
                        ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),

@@ -22,7 +22,8 @@ flat PyTorch scripts. The next cells write the scripts, each into a file; below,
 embedded digits, some minutes in all. Nothing has to be installed where PyTorch is there, as on
 Colab. Run all cells, from top to bottom."""
 SETTINGS = """\
-# Flags of every run. A first look in a minute: FLAGS = ["--epochs", "3"]
+# Flags of every run. A first look in a minute: FLAGS = ["--epochs", "3"]; then, to train in full,
+# FLAGS = ["--overwrite"]
 FLAGS = []"""
 RUN = """\
 import distill

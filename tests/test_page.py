@@ -45,7 +45,6 @@ def read(tmp_path):
 
 def test_one_file_holds_all(tmp_path, read):
     fake_runs.make_six(tmp_path, 3)
-    report.main(["--recipe", "digits", "--results-dir", str(tmp_path)])
     plots.draw_curves(report.read_runs(tmp_path / "digits")[0][0]["history"],
                      tmp_path / "digits" / "kd-s0" / "curves.png")
     fake_runs.make_run(tmp_path, "odd<b>&\"-s0", 0, 50)     # a name from --run is only text

@@ -4,6 +4,7 @@ its files.
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_three_seeds_by_hand(tmp_path):
         "kd - student alone": (3, half, "helps"),                    # 3, 4, 2
         "kd-only - student alone": (3, half, "helps"),               # 4, 3, 2
         "kd-only - kd": (0, half, "cannot tell"),                    # 1, -1, 0
+        "kd - teacher": (-7, 0, "hurts"),                    # -7, -7, -7
         "mean teacher, student - alone": (2, 0, "helps"),    # 2, 2, 2
         "mean teacher, average - alone": (4, half, "helps"), # 3, 4, 5
         "mean teacher, no EMA - alone": (0, half, "cannot tell"),    # 1, 0, -1
@@ -224,7 +226,8 @@ def test_seeds_with_other_settings_are_not_one_row(tmp_path):
     make_run(tmp_path, "student-s2", 2, 72, temperature=4.0, date="2027-01-01", data_dir="else")
     result = numbers(tmp_path)
     said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
-    assert said == {"kd - student alone": "no conclusion", "student alone - teacher": "hurts"}
+    assert said == {"kd - student alone": "no conclusion", "kd - teacher": "no conclusion",
+                    "student alone - teacher": "hurts"}
     (note,) = [note for note in result["notes"] if "other settings" in note]
     assert "kd: temperature 4.0 (kd-s0, kd-s1), but 1.0 (kd-s2)" in note
     assert render._cells(rows_of(result)["kd"])[0] == "kd (!)"
@@ -237,6 +240,7 @@ def test_no_conclusion_from_what_did_not_learn(tmp_path):
     result = numbers(tmp_path)
     said = {title: entry["best"]["verdict"] for title, entry in compared(result).items()}
     assert said == {"kd - student alone": "no conclusion", "kd-only - kd": "cannot tell",
+                    "kd - teacher": "hurts",
                     "kd-only - student alone": "no conclusion",
                     "student alone - teacher": "no conclusion"}
     assert all(row["gap"] is None for row in result["rows"])
@@ -338,7 +342,7 @@ def test_networks_of_different_size_are_not_compared(tmp_path):
     found = compared(numbers(tmp_path))
     assert {title: round(entry["best"]["mean"], 6) for title, entry in found.items()} == {
         "kd-only - student alone": 4, "mean teacher, no EMA - alone": 1,
-        "mean teacher, average - teacher": 3,
+        "kd - teacher": -7, "mean teacher, average - teacher": 3,
         "average - its student": 2, "student alone - teacher": -10}
 
 
@@ -642,6 +646,29 @@ def test_the_average_and_the_classes_have_figures_of_their_own(tmp_path):
     assert "| mean teacher, average | 50.0 | 100.0 |" in text
     report.main(["--results-dir", str(tmp_path)])
     assert (folder / "details.png").stat().st_size > 5000
+
+
+def test_agreement_of_some_runs_says_of_how_many(tmp_path):
+    folder, labels = make_six(tmp_path, 2, only=("teacher", "student", "kd")), np.array([0, 1])
+    for run in ("teacher-s0", "kd-s0", "kd-s1", "student-s0", "student-s1"):
+        outputs(folder / run, np.eye(2), labels)        # the teacher of seed 1 kept none
+    assert "| kd | 26.89 ±0.00 | 100.00 (1 of 2) | 0.000 |" in render.markdown(numbers(tmp_path))
+
+
+def test_curves_of_runs_of_other_lengths_are_shares(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    make_run(tmp_path, "student-s0", 0, epochs=40)
+    make_run(tmp_path, "kd-s0", 0, epochs=10)
+    for longest in ("of 10 to 40 epochs", "epoch"):
+        result, read, _ = report.build("digits", tmp_path)
+        plots.draw_comparison(result["rows"], read, tmp_path / "a.png")
+        axes = figures[-1].axes[0]
+        assert longest in axes.get_xlabel()
+        assert {max(line.get_xdata()) for line in axes.lines} == (
+            {100} if longest != "epoch" else {10, 20})
+        shutil.rmtree(tmp_path / "digits" / "student-s0")
+        make_run(tmp_path, "student-s0", 0, epochs=20)
 
 
 def test_agreement_is_with_the_network_that_taught(tmp_path):

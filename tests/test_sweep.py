@@ -58,6 +58,9 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
     assert said.count("epoch 1/2") == 8
     sweep(easy, results, *grid[:-1], "0,1,2"[:3])
     assert capsys.readouterr().out.count("finished already, kept") == 8
+    assert "; seeds 0, 1; " in text
+    sweep(easy, results, "--over", "alpha=0", "--over", "temperature=1")
+    assert "; seeds 0; " in (folder / "sweep.md").read_text()       # of its own runs alone
 
 
 def test_flags_that_go_together(easy, tmp_path):
@@ -88,6 +91,8 @@ def test_a_teacher_for_each_seed(easy, tmp_path):
     (["--over", "alpha=1,1"], ["twice"]), (["--over", "alpha+lr=1+1,1"], ["'1'", "alpha+lr"]),
     (["--over", "alpha+=1+1"], ["'alpha+=1+1'"]), (["--over", "seed=0,1"], ["--seeds"]),
     (["--over", "lr+run=0.1+a"], ["--name"]),
+    (["--over", "alpha=0.1,0.9", "--over", "alpha=0.5"], ["alpha more than once"]),
+    (["--over", "lr+epochs=0.1+2", "--over", "epochs=3"], ["epochs more than once"]),
     (["--over", "alpha=1", "--seeds", "0,0"], ["'0,0'", "0,1,2"]),
     (["--over", "alpha=1", "--seeds", "x"], ["'x'"]), ([], ["--over"])])
 def test_wrong_input(easy, tmp_path, capsys, own, parts):
