@@ -89,6 +89,11 @@ def launch(main):
             signal.signal(each, lambda *_: None)    # not SIG_IGN: Python warns of one on its way
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
+    def silence():          # all is said and whole: a stop needs no words from here on
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(each) is stop:
+                signal.signal(each, signal.SIG_DFL)
+
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # in the background
         signal.signal(signal.SIGINT, stop)
@@ -101,9 +106,8 @@ def launch(main):
         try:
             main()
             sys.stdout.flush()
-            for end in ENDINGS:     # all is whole: a stop needs no words
-                for each in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(each, signal.SIG_DFL)
+            silence()
+            for end in ENDINGS:
                 end()
         except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
             os._exit(141)
@@ -113,6 +117,7 @@ def launch(main):
         except KeyboardInterrupt as error:
             stopped(error, *(BEGUN or ("", "nothing was begun that is not whole; start it again")))
     except SystemExit as error:
+        silence()
         if ENDINGS and error.code:      # others may never answer, so do not wait for them
             with contextlib.suppress(OSError):
                 sys.stdout.flush()

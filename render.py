@@ -83,8 +83,8 @@ def pipes(header, lines):
     header = list(header)
     sides = ["---" if not i or name in WORDS else "---:" for i, name in enumerate(header)]
     lines = [header, sides, *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-                     for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;")
+                                       for cell in line) + " |" for line in lines)
 
 
 def aligned(lines, width=80):

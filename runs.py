@@ -94,7 +94,8 @@ def crc(path):
 def write_final(folder, final):
     """Write final.json, the last file of a run, and before it the checksums of all its files."""
     for name, way_out in (("config.json", "--overwrite"),
-                          ("best.pt", "--resume, which makes it from checkpoint.pt")):
+                          ("best.pt", "--resume, which makes it from checkpoint.pt"),
+                          ("metrics.csv", "--resume, which makes it from checkpoint.pt")):
         if not (folder / name).exists():
             fail(f"{folder / name}: was removed while the run was under way; run it again with "
                  f"{way_out}")

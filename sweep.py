@@ -14,6 +14,7 @@ import itertools
 import re
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -105,6 +106,8 @@ def sweep(args, script, words):
     for flag in flags:
         if flags.count(flag) > 1:
             fail(f"sweep: --over names {flag} more than once; give all of its values in one")
+        if {f"--{flag}", f"--no-{flag}"} & {word.partition("=")[0] for word in words}:
+            fail(f"sweep: --{flag} after the --, too: leave it out, --over sets it")
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
     name = runs.plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
@@ -112,6 +115,10 @@ def sweep(args, script, words):
     grid = list(itertools.product(*(values for _, values in args.over)))
     plan = [(seed, values, *command(early, script, single(names, values), seed))
             for seed in args.seeds for values in grid]
+    for run, count in Counter(run for _, _, run, _ in plan).items():
+        if count > 1:
+            fail(f"sweep: two values would have one run, {run}: their paths have to differ in the "
+                 "name of the folder, or of the run")
     shared, started = [*words, "--results-dir", str(folder), "--resume"], time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):     # a wrong value is told before hours of runs
         for _, _, _, line in plan[:len(grid)]:
@@ -147,8 +154,7 @@ def sweep(args, script, words):
 def command(early, script, setting, seed):
     """Return (name of the run, the words that make it) of one setting and seed."""
     setting = {flag: value.replace("{seed}", str(seed)) for flag, value in setting.items()}
-    run = ",".join(f"{flag}={Path(value).parent.name if '/' in value else value}"
-                   for flag, value in setting.items()) + f"-s{seed}"
+    run = ",".join(f"{flag}={last(value)}" for flag, value in setting.items()) + f"-s{seed}"
     line = ["--seed", str(seed), "--run", run]
     for flag, value in setting.items():
         line += [f"--{flag}", value]
@@ -204,9 +210,15 @@ def write_csv(path, names, found):
     runs.write_whole(path, text.getvalue().encode())
 
 
+def last(value):
+    """Return a value as a name shows it: of a teacher's file its run, of a folder its name."""
+    path = Path(value)
+    return value if "/" not in value else (path.parent if path.suffix == ".pt" else path).name
+
+
 def title(value):
-    """Return a value as a table shows it: of a teacher's file its run."""
-    return Path(value).parent.name.removesuffix("-s{seed}") if "/" in value else value
+    """Return a value as a table shows it."""
+    return last(value).removesuffix("-s{seed}")
 
 
 def percent(figure, sign=""):

@@ -82,7 +82,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
         flags.fail(f"--batch-size {args.batch_size}: the {train.step_size} images of a step{mixed} "
                    f"cannot be shared equally by {world()} processes; give {fits[-1]}")
     fixed = vars(args).get("freeze", "none") != "none" and not (
-        1 <= args.unfreeze_at <= args.epochs)
+        1 <= args.unfreeze_at <= args.epochs or args.ema_decay)     # an average's are measured
     if args.norm == "batch" and train.step_size == world() and not fixed:
         try:
             copy.deepcopy(model).train()(torch.zeros(1, *shape, device=device))

@@ -82,6 +82,17 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     child.stderr.close()
 
 
+@pytest.mark.parametrize("main, lines", [("None", 0), ("flags.fail('of no use')", 1)])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_python_ends_after_a_script(main, lines, sent):
+    done = subprocess.run([sys.executable, "-c", "import atexit, flags, os, signal\n"
+                           "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                           f"atexit.register(lambda: os.kill(os.getpid(), {int(sent)}))\n"
+                           f"flags.launch(lambda: {main})"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == -sent and done.stderr.count("\n") == lines, done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("script, flags", [
     ("common.py", ["--recipes"]), ("calc.py", ["arch", "digits"]), ("train_student.py", []),

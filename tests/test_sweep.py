@@ -13,7 +13,8 @@ import train_teacher
 
 
 def sweep(easy, results, *own, script="distill.py", flags=(), epochs=2):
-    words = tiny.words(easy, results, *flags, epochs=epochs)
+    swept = (flag for word in own for flag in word.partition("=")[0].split("+"))
+    words = tiny.without(tiny.words(easy, results, *flags, epochs=epochs), *swept)
     with mock.patch.object(plots, "draw_curves", None):
         return report.main(["sweep", *own, "--", script, *words])
 
@@ -100,6 +101,25 @@ def test_wrong_input(easy, tmp_path, capsys, own, parts):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_settings_are_two_runs(easy, tmp_path, capsys):
+    """A value after the -- would be told, and not be used; two folders of one name be one run."""
+    for own, words, parts in (
+            ("lr=0.1", ["--lr=0.5"], ["--lr after the --"]),
+            ("compile=1", ["--no-compile"], ["--compile after the --"]),
+            ("data-dir=a/x,b/x", [], ["data-dir=x-s0", "differ"]),
+            ("teacher=a/t-s0/best.pt,b/t-s0/best.pt", [], ["teacher=t-s0-s0", "differ"])):
+        tiny.refused(capsys, report, ["sweep", "--over", own, "--", "distill.py",
+                                      "--results-dir", tmp_path, "--teacher", "none.pt", *words]
+                     if "teacher" not in own else ["sweep", "--over", own, "--", "distill.py"],
+                     *parts)
+    other = tiny.make_folder(tmp_path / "other", 4, 4)
+    found = sweep(easy, tmp_path, "--over", f"data-dir={easy},{other}", script="train_student.py")
+    assert [row["data-dir"] for row in found["rows"]] == [str(easy), str(other)]
+    folder = tmp_path / "sweeps/train_student-data-dir/digits"
+    assert {path.name for path in folder.iterdir()} == {
+        f"data-dir={path.name}-s0" for path in (easy, other)}
+
+
 def test_a_script_is_needed(capsys):
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=1"], "--", "distill.py")
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=1", "--", "calc.py"], "'calc.py'",
@@ -112,8 +132,8 @@ def test_a_script_is_needed(capsys):
 
 def test_a_wrong_value_is_told_before_anything_is_trained(easy, tmp_path, capsys):
     words = tiny.words(easy, tmp_path)
-    tiny.refused(capsys, report, ["sweep", "--over", "lr=0.1,-1", "--", "train_student.py", *words],
-                 "--lr", "'-1'")
+    tiny.refused(capsys, report, ["sweep", "--over", "lr=0.1,-1", "--", "train_student.py",
+                                  *tiny.without(words, "lr")], "--lr", "'-1'")
     assert not list(tmp_path.iterdir())
     tiny.refused(capsys, report, ["sweep", "--over", "alpha=0.1,0.2", "--seeds", "3", "--",
                                   "distill.py", *words], "teacher-s3/best.pt",

@@ -64,6 +64,16 @@ def words(folder, results, *flags, epochs=2):
         "--val-fraction", 0.25, "--device", "cpu", "--precision", "fp32", *flags)]
 
 
+def without(words, *flags):
+    """A command line less these flags and their values: a sweep sets them."""
+    words = list(words)
+    for flag in flags:
+        while f"--{flag}" in words:
+            at = words.index(f"--{flag}")
+            del words[at:at + 2]
+    return words
+
+
 def run(script, folder, results, *flags, epochs=2, curves=False):
     """A tiny run; return its final dict. Drawing the curves would take longer than the rest."""
     draw = plots.draw_curves if curves else None
