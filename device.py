@@ -232,6 +232,8 @@ def leave(store):
 def await_host(address, port, seconds):
     """Go on when somebody answers at that place; PyTorch itself would fill the screen meanwhile."""
     deadline = time.monotonic() + seconds
+    if port and not 0 < int(port) < 2 ** 16:
+        raise ValueError(f"MASTER_PORT={port} is no port")
     while address and port:
         try:
             return socket.create_connection((address, int(port)), timeout=5).close()

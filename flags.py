@@ -86,7 +86,7 @@ def launch(main):
     """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
     def stop(number, _):
         for each in (signal.SIGINT, signal.SIGTERM):    # a second one must not break what cleans up
-            signal.signal(each, lambda *_: None)    # not SIG_IGN: Python warns of one on its way
+            signal.signal(each, signal.SIG_IGN)         # to the very end, as no function is
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def silence():          # all is said and whole: a stop needs no words from here on
