@@ -70,11 +70,11 @@ def read_runs(folder):
     folders = sorted(path for path in Path(folder).glob("*")
                      if path.is_dir() and not path.name.startswith("."))
     finished = [path for path in folders if (path / "final.json").exists()]
-    return ([_read_run(path) for path in finished],
+    return ([read_run(path) for path in finished],
             [path.name for path in folders if path not in finished])
 
 
-def _read_run(folder):
+def read_run(folder):
     way_out = f"train this run again with --overwrite, or remove {folder}"
     try:
         path = folder / "config.json"

@@ -101,7 +101,8 @@ def aligned(lines, width=80):
 def markdown_table(report):
     """The rows of a report as Markdown, with settings and notes; also what the README shows."""
     table = pipes(COLUMNS, map(_cells, report["rows"]))
-    return table + "\n\n" + "<br>\n".join(report["notes"])
+    return table + "\n\n" + "<br>\n".join(report["notes"]).replace("<", "&lt;").replace(
+        "&lt;br>\n", "<br>\n")
 
 
 def _compared(report):
@@ -350,8 +351,8 @@ def recipe_section(folder, found):
 
 def sweep_section(folder):
     """Return the section of one sweep: its table, notes and plot."""
-    text = (folder / "sweep.md").read_text(encoding="utf-8").splitlines()
-    lines = [[cell.strip() for cell in line.strip().strip("|").split(" | ")]
+    text = (folder / "sweep.md").read_text(encoding="utf-8").replace("&lt;", "<").splitlines()
+    lines = [[cell.strip().replace("\\|", "|") for cell in line.strip().strip("|").split(" | ")]
              for line in text if line.startswith("|")]
     notes = [line for line in text if line.strip() and not line.startswith("|")]
     return (f"<h3>{html.escape(folder.name)}</h3>" + table(lines[0], lines[2:])

@@ -133,12 +133,14 @@ def sweep(args, script, words):
                 raise
             final = None        # its loss was not finite, as the line on stderr says
         if final and "learned" in final:
-            final = final | dict(train_accuracy=trained(folder / early.recipe / run, final))
+            final = final | trained(folder / early.recipe / run, final)
         found.setdefault(values, {})[seed] = final
     if any(final and "learned" not in final for row in found.values() for final in row.values()):
         return {"rows": [], "best": None, "folder": str(folder)}        # a dry run
     rows = [summary(names, values, finals, found[grid[0]]) for values, finals in found.items()]
-    known = [row for row in rows if row["learned"] and row["val_accuracy"] is not None]
+    data = {final["data"] for finals in found.values() for final in finals.values() if final}
+    known = [row for row in rows if row["learned"] and row["val_accuracy"] is not None
+             and len(data) == 1]        # of other images none is the best
     best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "sweep.csv", names, found)
@@ -170,10 +172,11 @@ def command(early, script, setting, seed):
 
 
 def trained(folder, final):
-    """Return a run's accuracy on its train images, as augmented, in its best epoch."""
-    with open(folder / "metrics.csv", newline="") as file:
-        value = list(csv.DictReader(file))[final["best_epoch"] - 1]["train_accuracy"]
-    return float(value) if value else None
+    """Return a run's accuracy on its train images, as augmented, in its best epoch, and its data;
+    a file that is not as the run left it is refused."""
+    run = compare.read_run(folder)
+    return dict(train_accuracy=run["history"][final["best_epoch"] - 1]["train_accuracy"],
+                data=run["config"].get("data_key"))
 
 
 def summary(names, values, finals, first):
@@ -190,7 +193,8 @@ def summary(names, values, finals, first):
         each = [final.get(figure) for final in known.values()]
         row[figure] = None if None in each or not each else compare.interval(each)
     fair = finals is not first and row["learned"] and all(
-        final and final["learned"] for final in first.values())
+        final and final["learned"] and final["data"] == finals[seed]["data"]
+        for seed, final in first.items())
     row["above_first"] = compare.interval([final["test_accuracy"] - first[seed]["test_accuracy"]
                                            for seed, final in known.items()]) if fair else None
     return row

@@ -115,9 +115,24 @@ def test_two_settings_are_two_runs(easy, tmp_path, capsys):
     other = tiny.make_folder(tmp_path / "other", 4, 4)
     found = sweep(easy, tmp_path, "--over", f"data-dir={easy},{other}", script="train_student.py")
     assert [row["data-dir"] for row in found["rows"]] == [str(easy), str(other)]
+    assert found["best"] is None and found["rows"][1]["above_first"] is None    # other images
     folder = tmp_path / "sweeps/train_student-data-dir/digits"
     assert {path.name for path in folder.iterdir()} == {
         f"data-dir={path.name}-s0" for path in (easy, other)}
+
+
+@pytest.mark.parametrize("text", [None, "epoch,x\n", "changed"])
+def test_a_sweep_takes_no_figure_that_was_changed(easy, tmp_path, capsys, text):
+    own = "--over", "lr=0.1"
+    sweep(easy, tmp_path, *own, script="train_student.py")
+    path = tmp_path / "sweeps/train_student-lr/digits/lr=0.1-s0/metrics.csv"
+    whole = path.read_text()
+    path.unlink()
+    if text:
+        path.write_text(whole.replace("0.", "0.9", 3) if text == "changed" else text)
+    words = tiny.without(tiny.words(easy, tmp_path), "lr")
+    tiny.refused(capsys, report, ["sweep", *own, "--", "train_student.py", *words], path,
+                 "--overwrite")
 
 
 def test_a_script_is_needed(capsys):
