@@ -67,8 +67,8 @@ TARGETS = {
         "INITS": START, "initialise_": START,
         "count_macs": tests("models", "multiply_adds_against", "counting_multiply_adds")},
     "compare": {
-        **dict.fromkeys(("_figure", "interval", "compare", "_difference", "add_gaps", "mixed"),
-                        PAIRS),
+        **dict.fromkeys(("_figure", "interval", "compare", "same", "_difference", "add_gaps",
+                         "mixed"), PAIRS),
         "verdict": tests("report", "verdict"), **dict.fromkeys((
             "BINS", "log_softmax", "calibration", "confusion", "against"), BESIDE)},
     "calc": {"output_size": tests("calc", "output_size", "last_window")},
