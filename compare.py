@@ -75,6 +75,7 @@ def read_runs(folder):
 
 
 def read_run(folder):
+    """Return one finished run, or leave, as read_runs does."""
     way_out = f"train this run again with --overwrite, or remove {folder}"
     try:
         path = folder / "config.json"
@@ -347,8 +348,7 @@ def add_gaps(rows):
     for row in rows.values():
         own = by_seed(row, "test_accuracy")
         seeds = [seed for seed in own if seed in alone]
-        other = {*seeds} - same(row, rows["student"], "data")
-        if silent & set(seeds) or row["mixed"] or other:
+        if silent & {*seeds} or row["mixed"] or {*seeds} - same(row, rows["student"], "data"):
             continue
         taught = [seed for seed in seeds if seed in teacher] or list(teacher)
         if seeds and row["learned"]:
