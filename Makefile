@@ -48,7 +48,8 @@ LENGTHS = 1,2,4,8,16
 COUNTS  = 200,500,1000,2000,all
 # An epoch of few labels is few steps: of the digits as many epochs as make about 840 of them.
 PAIRED  = labels+epochs=200+844,500+281,1000+120,2000+56,all+12
-COUNTED = $(if $(filter digits/file,$(RECIPE)/$(origin COUNTS)),$(PAIRED),labels=$(COUNTS))
+EVEN    = $(filter digits/file/,$(RECIPE)/$(origin COUNTS)/$(EPOCHS))
+COUNTED = $(if $(EVEN),$(PAIRED),labels=$(COUNTS))
 # A decay is reached where (1 + t) / (10 + t) is: 0.97 at update 290, 0.99 at 890, 0.999 at 8990,
 # later than any recipe here ends.
 DECAYS  = 0,0.9,0.97,0.99
@@ -158,8 +159,9 @@ bench: dev  ## the speed table, on CIFAR-10 as class folders
 claims: $(READY)  ## the reports' claims against what is published
 	$(PYTHON) tests/claims.py
 
-soak: $(READY)  ## runs killed at random and resumed: is the end the same?
+soak: $(READY)  ## runs killed at random and resumed; 2000 calls for each flag
 	$(PYTHON) tests/soak.py
+	FUZZ=2000 $(PYTHON) -m pytest -q tests/test_fuzz.py -k values
 
 readme: $(READY)  ## fill the README's tables from results/published
 	$(PYTHON) report.py readme

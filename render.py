@@ -249,8 +249,8 @@ def markdown(report):
     keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]
     return "\n\n".join([
         f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
-        "## Comparisons", markdown_comparisons(report),
-        COMPARED_NOTE,
+        *(["## Comparisons", markdown_comparisons(report), COMPARED_NOTE]
+          if report["comparisons"] else []),
         *(["## Beside accuracy", pipes(BESIDE, _beside(report)),
            *([pipes(*per_class(report))] if per_class(report) else []),
            "![calibration and confusion](details.png)", BESIDE_NOTE] if _beside(report) else []),

@@ -107,7 +107,9 @@ def sweep(args, script, words):
         if flags.count(flag) > 1:
             fail(f"sweep: --over names {flag} more than once; give all of its values in one")
         if {f"--{flag}", f"--no-{flag}"} & {word.partition("=")[0] for word in words}:
-            fail(f"sweep: --{flag} after the --, too: leave it out, --over sets it")
+            made = flag.upper().replace("-", "_")
+            fail(f"sweep: --{flag} after the -- (of make: {made}=), too: leave it out, --over "
+                 "sets it")
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
     name = runs.plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
@@ -216,7 +218,7 @@ def write_csv(path, names, found):
 
 def last(value):
     """Return a value as a name shows it: of a teacher's file its run, of a folder its name."""
-    path = Path(value)
+    path = Path(value).absolute()       # ./ has no name of its own
     return value if "/" not in value else (path.parent if path.suffix == ".pt" else path).name
 
 

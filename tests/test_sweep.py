@@ -1,5 +1,6 @@
 """A grid of settings and seeds: every run made once, summed up right."""
 import csv
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -104,9 +105,10 @@ def test_wrong_input(easy, tmp_path, capsys, own, parts):
 def test_two_settings_are_two_runs(easy, tmp_path, capsys):
     """A value after the -- would be told, and not be used; two folders of one name be one run."""
     for own, words, parts in (
-            ("lr=0.1", ["--lr=0.5"], ["--lr after the --"]),
+            ("lr=0.1", ["--lr=0.5"], ["--lr after the --", "LR="]),
             ("compile=1", ["--no-compile"], ["--compile after the --"]),
             ("data-dir=a/x,b/x", [], ["data-dir=x-s0", "differ"]),
+            (f"data-dir=./,{Path.cwd()}", [], [f"data-dir={Path.cwd().name}-s0", "differ"]),
             ("teacher=a/t-s0/best.pt,b/t-s0/best.pt", [], ["teacher=t-s0-s0", "differ"])):
         tiny.refused(capsys, report, ["sweep", "--over", own, "--", "distill.py",
                                       "--results-dir", tmp_path, "--teacher", "none.pt", *words]
