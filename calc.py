@@ -13,14 +13,14 @@
 COMMAND --help explains one, --json prints JSON, calc.main([...]) gives a dict.
 Macs are multiply-adds of convolutions and matrix products, for one input.
 """
+from flags import (  # noqa: I001  first: it answers Ctrl-C
+    RECIPES, Parser, a_path, fail, launch, number, settings, words)
 import inspect
 import json
 import math
 import re
 from fractions import Fraction
 from pathlib import Path
-
-from flags import RECIPES, Parser, a_path, fail, launch, number, settings, words
 
 REPORTS = Path(__file__).parent / "tests" / "reports.json"   # what the reports select, ask, print
 SLIDE = "floor((n + 2·p − (d·(k − 1) + 1)) / s) + 1"

@@ -287,15 +287,15 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Return what save_checkpoint wrote, on the CPU; no code in the file is ever run."""
-    wrong = runs.damage(Path(path))
-    if wrong:
+    if wrong := runs.damage(Path(path)):
         fail(f"{path}: {wrong}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # torch raises many kinds for foreign files
+    except Exception as error:    # of many kinds; torch's text would tell to load it all the same
+        held = [type(error).__name__]
         with contextlib.suppress(Exception):
-            error = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or error
-        fail(f"{path}: holds more than tensors and plain values, and was not read: {error}")
+            held = torch.serialization.get_unsafe_globals_in_checkpoint(path) or held
+        fail(f"{path}: holds more than tensors and plain values; not read: {', '.join(held)}")
 
 
 def save_best(folder, card, history, best):

@@ -3,6 +3,7 @@ does not say. No command of its own, and no torch.
 """
 import csv
 import json
+import zipfile
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -76,12 +77,10 @@ def read_runs(folder):
 
 def read_run(folder):
     """Return one finished run, or leave, as read_runs does."""
-    way_out = f"train this run again with --overwrite, or remove {folder}"
+    way_out, facts = f"train this run again with --overwrite, or remove {folder}", {}
     try:
-        path = folder / "config.json"
-        config = {**json.loads(path.read_text(encoding="utf-8"))}
-        path = folder / "final.json"
-        final = {**json.loads(path.read_text(encoding="utf-8"))}
+        for path in (folder / "config.json", folder / "final.json"):
+            facts[path] = {**json.loads(path.read_text(encoding="utf-8"))}
         path = folder / "metrics.csv"
         with open(path, newline="", encoding="utf-8") as file:
             history = [{key: float(row[key]) if row[key] != "" else None for key in METRICS}
@@ -90,21 +89,22 @@ def read_run(folder):
         fail(f"{path}: lacks the column {error}; {way_out}")
     except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
         fail(f"{path}: missing or cut short ({error}); {way_out}")
-    for file, facts in (("config.json", config), ("final.json", final)):
-        if not this_version(facts.get("schema", SCHEMA)):
-            fail(f"{folder / file}: written by another version of these scripts (schema "
-                 f"{facts['schema']!r}, now {SCHEMA}); {way_out}")
+    for path, known in facts.items():
+        if not this_version(known.get("schema", SCHEMA)):
+            fail(f"{path}: written by another version of these scripts (schema "
+                 f"{known['schema']!r}, now {SCHEMA}); {way_out}")
+    config, final = facts.values()
     scores = [key for key in final if key.endswith("accuracy")]
     for key in (*NUMBERS, "recipe", "learned", "device", "precision", "torch", *scores):
-        if key not in final:
-            fail(f"{folder / 'final.json'}: lacks {key!r}; {way_out}")
-        if not _plausible(key, final[key]):
-            fail(f"{folder / 'final.json'}: {key} cannot be {final[key]!r}; {way_out}")
+        if key not in final or not _plausible(key, final[key]):
+            wrong = f"{key} cannot be {final[key]!r}" if key in final else f"lacks {key!r}"
+            fail(f"{folder / 'final.json'}: {wrong}; {way_out}")
     if odd := _odd_config(config):
         fail(f"{folder / 'config.json'}: {odd} cannot be {str(config.get(odd))[:99]}; {way_out}")
-    kept = ["test.npz"] * (folder / "test.npz").exists()        # it is not published
+    kept = [name for name in ("test.npz", "curves.png") if (folder / name).exists()]
     for name in altered(folder, ("config.json", "final.json", "metrics.csv", *kept)):
-        fail(f"{folder / name}: not as the run left it: changed or damaged; {way_out}")
+        fail(f"{folder / name}: not as the run left it: changed or damaged; "
+             + ("remove it" if name == "curves.png" else way_out))
     if [row["epoch"] for row in history] != list(range(1, len(history) + 1)) or (
             len(history) != final["epochs"]):
         fail(f"{folder / 'metrics.csv'}: not its {final['epochs']} epochs; {way_out}")
@@ -132,10 +132,8 @@ def _odd_config(config):
 
 
 def group_runs(runs):
-    """Run name without its seed -> {seed: run}, in the order of a table.
-
-    "kd-s0" is a seed of kd. A run called "kd" by --run may be anything: it gets a row of its own.
-    """
+    """Run name without its seed -> {seed: run}, in the order of a table. "kd-s0" is a seed of kd. A
+    run called "kd" by --run may be anything: it gets a row of its own."""
     groups = {}
     families = {*ROWS, *(name for name, seed in map(_family, runs) if seed is not None)}
     for run in runs:
@@ -238,9 +236,11 @@ def add_beside(rows, folder):
 
 
 def read_outputs(folder, prefix=""):
-    """Return (logits, labels) on the test split, or None where the run kept none; prefix: as in
-    AVERAGES."""
+    """Return (logits, labels) on the test split, None where none were kept; prefix: of AVERAGES."""
     try:
+        with zipfile.ZipFile(folder / "test.npz") as file:
+            if (size := sum(part.file_size for part in file.infolist())) > 2**28:   # far too much
+                raise ValueError(f"unpacks to {size:,} bytes")
         with np.load(folder / "test.npz") as file:
             if not {*file} <= {"logits", "labels", "ema_logits"}:
                 raise ValueError(f"holds {', '.join(file)}")
@@ -250,7 +250,7 @@ def read_outputs(folder, prefix=""):
         if logits.ndim != 2 or not len(logits) or labels.shape != logits.shape[:1] or (
                 not np.isfinite(logits).all()):
             raise ValueError(f"outputs {logits.shape}, labels {labels.shape}")
-        if labels.dtype.kind not in "iu" or not set(labels.tolist()) <= {*range(logits.shape[1])}:
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(f"labels that are no numbers of {logits.shape[1]} classes")
         return logits, labels.astype(np.int64)
     except FileNotFoundError:
@@ -278,9 +278,8 @@ def verdict(low, high, learned=True):
     """helps, hurts, cannot tell (no interval, or it holds 0), or no conclusion (not learned)."""
     if not learned:
         return "no conclusion"
-    if low is None or low <= 0 <= high:
-        return "cannot tell"
-    return "helps" if low > 0 else "hurts"
+    told = low is not None and not low <= 0 <= high
+    return ("helps" if low > 0 else "hurts") if told else "cannot tell"
 
 
 def by_seed(row, name):
@@ -388,8 +387,8 @@ def calibration(logits, labels):
 def confusion(logits, labels):
     """Return counts, (C, C): row the true class, column the class that was said."""
     classes = logits.shape[1]
-    return np.bincount(labels * classes + logits.argmax(1), minlength=classes ** 2).reshape(
-        classes, classes)
+    said = logits.argmax(1)
+    return np.bincount(labels * classes + said, minlength=classes**2).reshape(classes, classes)
 
 
 def against(student, teacher):

@@ -72,7 +72,7 @@ def upright(image):
         return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception:       # broken EXIF says nothing about the pixels, which are decoded later
+    except Exception:       # broken EXIF says nothing about the pixels, which are decoded already
         return image
 
 
@@ -94,6 +94,7 @@ def read_image(path, size, fit):
         with Image.open(path) as image:
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, which is not run")
+            image.load()        # before upright(), which passes over errors, these too
             rgb = to_rgb(upright(image))
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)

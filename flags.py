@@ -1,15 +1,34 @@
 """The flags of all scripts: what each may be, one line where it is not, and how a script ends. No
 torch, so that it loads at once. Their defaults are in recipes.py.
 """
+import os
+import signal
+import sys
+
+
+def answer_early(main):
+    """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
+    launch() takes over. main: the module that was started. Elsewhere this does nothing."""
+    file = getattr(main, "__file__", None)
+    if file and os.path.dirname(os.path.realpath(file)) == os.path.dirname(
+            os.path.realpath(__file__)):
+        def leave(number, _):
+            os.write(2, b"error: stopped; nothing was begun, start it again\n")
+            os._exit(128 + number)
+
+        for number, usual in ((signal.SIGINT, signal.default_int_handler),
+                              (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) is usual:       # in the background Ctrl-C is ignored
+                signal.signal(number, leave)
+
+
+answer_early(sys.modules["__main__"])       # before anything that takes longer to import
+
 import argparse
 import contextlib
 import math
-import os
 import re
-import signal
-import sys
 import textwrap
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -67,32 +86,22 @@ def stopped(error, where, way_on):
     fail(f"{where}stopped; {way_on}", 143 if isinstance(error, Terminated) else 130)
 
 
-def answer_early(main):
-    """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
-    launch() takes over. main: the module that was started. Elsewhere this does nothing."""
-    file = getattr(main, "__file__", None)
-    if file and Path(file).resolve().parent == Path(__file__).resolve().parent:
-        def leave(number, _):
-            os.write(2, b"error: stopped; nothing was begun, start it again\n")
-            os._exit(128 + number)
-
-        for number, usual in ((signal.SIGINT, signal.default_int_handler),
-                              (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) is usual:       # in the background Ctrl-C is ignored
-                signal.signal(number, leave)
-
-
 def launch(main):
     """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
+    def nothing(number, _):     # to ignore would not do: another may be on its way already
+        pass
+
     def stop(number, _):
         for each in (signal.SIGINT, signal.SIGTERM):    # a second one must not break what cleans up
-            signal.signal(each, signal.SIG_IGN)         # to the very end, as no function is
+            signal.signal(each, nothing)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def silence():          # all is said and whole: a stop needs no words from here on
         for each in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(each) is stop:
                 signal.signal(each, signal.SIG_DFL)
+            elif signal.getsignal(each) is nothing:     # functions do not last to Python's end
+                signal.signal(each, signal.SIG_IGN)
 
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # in the background
@@ -351,6 +360,3 @@ def parse(doc, role, choices, argv=None, groups=("data", "network", "training", 
         parser.error(f"argument --arch: unknown network {args.arch!r} "
                      f"(choose from {', '.join(choices['arch'])})")
     return args
-
-
-answer_early(sys.modules["__main__"])

@@ -240,7 +240,7 @@ def tiny_listing(root):
 
 # ---- the arrays on disk -----------------------------------------------------------------------
 
-CACHE_VERSION = 2      # raised when what is stored changes
+CACHE_VERSION = 3      # raised when what is stored changes
 CHECKED = 2**31         # bytes of arrays up to which each start holds the images against their key
 LISTED = 20             # files left out that the terminal shows; skipped.txt has all
 

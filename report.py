@@ -72,6 +72,10 @@ def build(recipe, results_dir="results"):
         if role not in rows:
             notes.append(f"Missing: the {label(role)}. "
                          f"`{_command(role, recipe, results_dir, config)}` makes it.")
+    moved = [f"{run['name']} ({run['final']['run']})" for run in runs
+             if run["final"].get("run", run["name"]) != run["name"]]
+    if moved:
+        notes.append(f"Ran under another name: {', '.join(moved)}.")
     if unfinished:
         notes.append(f"Unfinished, not shown: {', '.join(unfinished)}.")
     classes = config.get("classes") or CLASSES.get(config.get("dataset"))

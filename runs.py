@@ -38,6 +38,7 @@ METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 
 HELD = {}       # run folder -> the descriptor by which this process keeps others out
+CONFIGS = {}    # ... -> the bytes of its config.json
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -93,12 +94,12 @@ def crc(path):
 
 def write_final(folder, final):
     """Write final.json, the last file of a run, and before it the checksums of all its files."""
-    for name, way_out in (("config.json", "--overwrite"),
-                          ("best.pt", "--resume, which makes it from checkpoint.pt"),
-                          ("metrics.csv", "--resume, which makes it from checkpoint.pt")):
+    for name in ("best.pt", "metrics.csv"):
         if not (folder / name).exists():
             fail(f"{folder / name}: was removed while the run was under way; run it again with "
-                 f"{way_out}")
+                 "--resume, which makes it from checkpoint.pt")
+    if not (folder / "config.json").exists():       # it, too
+        write_whole(folder / "config.json", CONFIGS[folder])
     data = json.dumps(final, indent=1).encode() + b"\n"
     sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)
             if path.exists() and path.name not in (SUMS, "final.json")} | {
@@ -128,11 +129,13 @@ def damage(path):
             # Torch packs nothing; what is packed may unpack to any size.
             packed = [info.filename for info in bundle.infolist() if info.compress_type]
             wrong = f"{packed[0]!r} in it is packed" if packed else bundle.testzip()
+            if not any(name.endswith("data.pkl") for name in bundle.namelist()):
+                wrong = "no data.pkl in it, as torch.save writes"
     except Exception as error:      # what flipped bits lead to is of many kinds
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2) == b"\x80\x02":
-                return ("in PyTorch's format of before 1.6, which has no checksums; torch.load it "
-                        "and torch.save it again")
+                return ("in PyTorch's format of before 1.6, which has no checksums; ask for a new "
+                        "copy, or torch.load it with weights_only=True and torch.save it again")
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"
         wrong = str(error) or type(error).__name__
@@ -310,7 +313,8 @@ def begin_run(args, folder, config):
                     (folder / file).unlink(missing_ok=True)
             else:
                 config = config | dict(before=places_before(folder, config))
-            write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
+            CONFIGS[folder] = json.dumps(config, indent=1).encode() + b"\n"
+            write_whole(folder / "config.json", CONFIGS[folder])
         except BaseException:
             release(folder, lock)
             raise

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -70,10 +71,30 @@ def test_damaged_outputs_are_named_or_as_they_were(copy, capsys):
         path.write_bytes(data[:size])
         with pytest.raises(SystemExit):
             compare.read_outputs(copy)
-    for odd in (dict(labels=np.zeros(3)), dict(labels=np.zeros(5), ema_logitt=np.zeros((5, 4)))):
-        np.savez(path, logits=np.zeros((5, 4)), **odd)
+    for odd in (dict(labels=np.zeros(3)), dict(labels=np.zeros(5), ema_logitt=np.zeros((5, 4))),
+                dict(labels=np.full(5, -1)), dict(labels=np.full(5, 4))):
+        np.savez(path, **dict(logits=np.zeros((5, 4))) | odd)
         with pytest.raises(SystemExit):
             compare.read_outputs(copy)
+
+
+def test_outputs_that_unpack_to_any_size_are_not_read(copy, capsys):
+    np.savez_compressed(copy / "test.npz", logits=np.zeros((2**26, 4), "i1"), labels=np.zeros(1))
+    capsys.readouterr()
+    with pytest.raises(SystemExit), mock.patch.object(np, "load", side_effect=AssertionError):
+        compare.read_outputs(copy)
+    line = capsys.readouterr().err
+    assert "test.npz" in line and "unpacks to 268,43" in line and line.count("\n") == 1, line
+
+
+def test_a_picture_that_was_cut_is_named(easy, tmp_path, capsys):
+    tiny.run(train_student, easy, tmp_path, curves=True)
+    path = tmp_path / RUN / "curves.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    for command in ("html", "publish"):
+        tiny.refused(capsys, report, [command, "--results-dir", tmp_path], path, "remove it")
+    path.unlink()
+    assert report.main(["html", "--results-dir", str(tmp_path)])
 
 
 def test_outputs_that_were_exchanged_are_not_reported(copy, capsys):
@@ -116,7 +137,7 @@ def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
 
 
 @pytest.mark.parametrize("name, way_out", [
-    ("best.pt", "--resume"), ("metrics.csv", "--resume"), ("config.json", "--overwrite")])
+    ("best.pt", "--resume"), ("metrics.csv", "--resume")])
 def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, monkeypatch, name,
                                                      way_out):
     whole, folder = runs.write_outputs, tmp_path / RUN
@@ -131,7 +152,21 @@ def test_a_run_whose_files_were_removed_does_not_end(easy, tmp_path, capsys, mon
     monkeypatch.undo()
     assert tiny.run(train_student, easy, tmp_path, way_out)["epochs"] == 2
     assert len(tiny.metrics(folder)) == 2
-    assert way_out == "--overwrite" or "going on after epoch 2" in tiny.said(capsys)
+    assert "going on after epoch 2" in tiny.said(capsys)
+
+
+def test_a_config_that_was_removed_is_written_again(easy, tmp_path, monkeypatch):
+    whole, path, was = runs.write_outputs, tmp_path / RUN / "config.json", []
+
+    def removed(*what):
+        was.append(path.read_bytes())
+        path.unlink()
+        whole(*what)
+
+    monkeypatch.setattr(runs, "write_outputs", removed)
+    tiny.run(train_student, easy, tmp_path)
+    assert path.read_bytes() == was[0]
+    assert not runs.altered(path.parent, ["config.json"])
 
 
 @pytest.mark.parametrize("changed", [dict(epochs=2.0), dict(schema=True), dict(schema="1")])

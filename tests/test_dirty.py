@@ -1,5 +1,6 @@
 """Dirty folders: each odd file is read, or refused with its path and how many there are, or left
 out, counted and listed where --skip-bad asks for it."""
+import io
 import os
 import shutil
 
@@ -103,6 +104,47 @@ def test_other_damage_than_pil_knows_of_is_refused_too(folder, capsys, monkeypat
 
     monkeypatch.setattr(decode, "to_rgb", odd)
     refused(capsys, folder, folder / "train" / "blue" / "0.png", "list index", "24 of 24")
+
+
+FORMATS = {      # where damage is more often met -> how a noisy image is written
+    "png": {}, "jpg": dict(quality=90), "jp2": {}, "icns": {}, "gif": {}, "pcx": {}, "webp": {},
+    "tif": dict(compression="tiff_deflate"), "bmp": {}, "tga": dict(compression="tga_rle"),
+    "mpo": dict(save_all=True, append_images=[Image.new("RGB", (64, 64))]), "sgi": {}, "ppm": {}}
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_what_pil_cannot_decode_is_never_half_an_image(tmp_path, ending):
+    """A bit turned, or the end cut off: where PIL raises, it is refused; what PIL has taken in
+    until then must not pass for an image."""
+    path, rng, bad = tmp_path / f"a.{ending}", np.random.default_rng(0), 0
+    noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path, **FORMATS[ending])
+    whole = path.read_bytes()
+    for turn in range(60):
+        broken = bytearray(whole)
+        if turn % 2:
+            broken[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        else:
+            del broken[rng.integers(1, len(whole)):]
+        path.write_bytes(broken)
+        try:
+            with decode.decoding(), Image.open(path) as image:
+                image.load()
+        except Exception:       # of nearly any kind
+            bad += 1
+            with pytest.raises(ValueError, match=rf"a\.{ending}: not an image"), decode.decoding():
+                decode.read_image(path, 64, "resize")
+    assert bad >= 5
+
+
+def test_a_bomb_inside_of_an_icon_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 256 * 256)
+    inside = io.BytesIO()
+    Image.new("RGB", (600, 600)).save(inside, "PNG")
+    part = b"ic07" + (len(inside.getvalue()) + 8).to_bytes(4, "big") + inside.getvalue()
+    (tmp_path / "a.icns").write_bytes(b"icns" + (len(part) + 8).to_bytes(4, "big") + part)
+    with pytest.raises(ValueError, match=r"a\.icns.*bomb"), decode.decoding():
+        decode.read_image(tmp_path / "a.icns", 8, "resize")
 
 
 def test_a_strip_of_pixels_does_not_grow_without_end(folder, capsys):

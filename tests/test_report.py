@@ -580,6 +580,13 @@ def test_calibration_by_hand():
     assert sure[0] == 0 and sure[1] == [(1.0, 1.0, 1)]
 
 
+def test_a_run_under_another_name_is_told(tmp_path, capsys):
+    make_six(tmp_path, only=["teacher"])
+    (tmp_path / "digits/teacher-s0").rename(tmp_path / "digits/student-s0")
+    notes = report.main(["--results-dir", str(tmp_path)])["notes"]
+    assert "Ran under another name: student-s0 (teacher-s0)." in notes
+
+
 def test_calibration_has_fifteen_bins_and_full_confidence_is_in_the_last():
     """Edges at multiples of 1/15: 0.65 | 0.68 | … | 0.90 | 0.95 and 1."""
     logits = np.array([[math.log(p / (1 - p)), 0.0] for p in (0.65, 0.68, 0.9, 0.95)]

@@ -93,6 +93,41 @@ def test_a_stop_while_python_ends_after_a_script(main, lines, sent):
     assert done.returncode == -sent and done.stderr.count("\n") == lines, done.stderr
 
 
+@pytest.mark.parametrize("first, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_both_stops_at_the_same_time(first, code):
+    """Both wait until Python looks, as behind a long step: the lower number is met first."""
+    done = subprocess.run([sys.executable, "-c", f"""if True:
+        import flags, os, signal
+        both = {{signal.SIGINT, signal.SIGTERM}}
+        def main():
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            os.kill(os.getpid(), {int(first)})
+            if {first == signal.SIGINT}:
+                os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+            for _ in range(10**6):
+                pass
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        flags.launch(main)"""], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("script", ["calc.py", "report.py", "train_student.py"])
+def test_ctrl_c_is_answered_before_the_rest_is_imported(script):
+    """A stop as soon as flags.py has set its answer, before it imports anything else."""
+    done = subprocess.run([sys.executable, "-c", f"""if True:
+        import os, runpy, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        class Stop:
+            def find_spec(self, name, *_):
+                if name in ("argparse", "tqdm", "numpy", "torch", "json", "textwrap"):
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Stop())
+        runpy.run_path({script!r}, run_name="__main__")"""], cwd=ROOT, text=True,
+        capture_output=True)
+    assert done.returncode == 130 and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("script, flags", [
     ("common.py", ["--recipes"]), ("calc.py", ["arch", "digits"]), ("train_student.py", []),

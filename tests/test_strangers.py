@@ -162,6 +162,23 @@ def test_a_packed_checkpoint_is_not_unpacked(card, tmp_path, capsys):
                  "data.pkl' in it is packed")
 
 
+def test_no_advice_to_load_it_all_the_same(card, tmp_path, capsys):
+    """PyTorch's own text says how to switch its care off."""
+    whole = tmp_path / "whole.pt"
+    common.save_checkpoint(whole, card)
+    with zipfile.ZipFile(tmp_path / "empty.pt", "w"):
+        pass
+    with zipfile.ZipFile(whole) as had, zipfile.ZipFile(tmp_path / "odd.pt", "w") as odd:
+        for name in had.namelist():
+            odd.writestr(name, b"P" if name.endswith("data.pkl") else had.read(name))
+    for name, part in (("empty.pt", "no data.pkl"), ("odd.pt", "not read: ")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            common.load_checkpoint(tmp_path / name)
+        line = capsys.readouterr().err
+        assert name in line and part in line and "weights_only" not in line and len(line) < 300
+
+
 # ---- names ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
