@@ -159,7 +159,7 @@ bench: dev  ## the speed table, on CIFAR-10 as class folders
 claims: $(READY)  ## the reports' claims against what is published
 	$(PYTHON) tests/claims.py
 
-soak: $(READY)  ## runs killed at random and resumed; 2000 calls for each flag
+soak: $(READY)  ## runs killed at random and resumed; 2000 calls a flag
 	$(PYTHON) tests/soak.py
 	FUZZ=2000 $(PYTHON) -m pytest -q tests/test_fuzz.py -k values
 
