@@ -1,6 +1,7 @@
 """What a best.pt or a checkpoint.pt says, looked at before anything is made of it: such a file is
 untrusted. No command of its own.
 """
+import contextlib
 import hashlib
 import math
 import reprlib
@@ -9,6 +10,17 @@ import torch
 
 from decode import FITS
 from runs import METRICS, SCHEMA, this_version
+
+
+def unread(path, error):
+    """Return why torch did not load a file: what it holds beside tensors and plain values, else the
+    error, whose text may tell to load it all the same: then only its kind."""
+    held, text, kind = [], str(error), type(error).__name__
+    with contextlib.suppress(Exception):
+        held = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if held:
+        return f"holds more than tensors and plain values; not read: {', '.join(held)}"
+    return f"cannot be read ({text if text and 'weights_only' not in text else kind})"
 
 
 def absurd(card, choices):

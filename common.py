@@ -6,7 +6,6 @@ A training script hands fit() a model, batches, and loss_fn(model, batch) -> (lo
 rest is here. Recipes: recipes.py; flags: flags.py; run folders: runs.py; device: device.py.
 """
 from flags import RECIPES, Parser, fail, launch, recipes_table, same_in_all, say  # noqa: I001
-import contextlib
 import copy
 import io
 import math
@@ -291,11 +290,8 @@ def load_checkpoint(path):
         fail(f"{path}: {wrong}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # of many kinds; torch's text would tell to load it all the same
-        held = [type(error).__name__]
-        with contextlib.suppress(Exception):
-            held = torch.serialization.get_unsafe_globals_in_checkpoint(path) or held
-        fail(f"{path}: holds more than tensors and plain values; not read: {', '.join(held)}")
+    except Exception as error:    # torch raises many kinds for foreign files
+        fail(f"{path}: {cards.unread(path, error)}")
 
 
 def save_best(folder, card, history, best):

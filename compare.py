@@ -239,7 +239,7 @@ def read_outputs(folder, prefix=""):
     """Return (logits, labels) on the test split, None where none were kept; prefix: of AVERAGES."""
     try:
         with zipfile.ZipFile(folder / "test.npz") as file:
-            if (size := sum(part.file_size for part in file.infolist())) > 2**28:   # far too much
+            if (size := sum(part.file_size for part in file.infolist())) > 2**30:   # far too much
                 raise ValueError(f"unpacks to {size:,} bytes")
         with np.load(folder / "test.npz") as file:
             if not {*file} <= {"logits", "labels", "ema_logits"}:

@@ -9,9 +9,9 @@ import sys
 def answer_early(main):
     """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
     launch() takes over. main: the module that was started. Elsewhere this does nothing."""
-    file = getattr(main, "__file__", None)
-    if file and os.path.dirname(os.path.realpath(file)) == os.path.dirname(
-            os.path.realpath(__file__)):
+    file, own = getattr(main, "__file__", None), os.path.realpath(__file__)
+    ours = file and os.path.dirname(os.path.realpath(file)) == os.path.dirname(own)
+    if ours and "IPython" not in sys.modules:       # a notebook's kernel lives on
         def leave(number, _):
             os.write(2, b"error: stopped; nothing was begun, start it again\n")
             os._exit(128 + number)

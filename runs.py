@@ -98,7 +98,7 @@ def write_final(folder, final):
         if not (folder / name).exists():
             fail(f"{folder / name}: was removed while the run was under way; run it again with "
                  "--resume, which makes it from checkpoint.pt")
-    if not (folder / "config.json").exists():       # it, too
+    if folder in CONFIGS:       # as it was when the run began, whatever became of it
         write_whole(folder / "config.json", CONFIGS[folder])
     data = json.dumps(final, indent=1).encode() + b"\n"
     sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)

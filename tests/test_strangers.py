@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import fake_runs
 import pytest
@@ -171,12 +172,22 @@ def test_no_advice_to_load_it_all_the_same(card, tmp_path, capsys):
     with zipfile.ZipFile(whole) as had, zipfile.ZipFile(tmp_path / "odd.pt", "w") as odd:
         for name in had.namelist():
             odd.writestr(name, b"P" if name.endswith("data.pkl") else had.read(name))
-    for name, part in (("empty.pt", "no data.pkl"), ("odd.pt", "not read: ")):
+    for name, part in (("empty.pt", "no data.pkl"), ("odd.pt", "cannot be read (")):
         capsys.readouterr()
         with pytest.raises(SystemExit):
             common.load_checkpoint(tmp_path / name)
         line = capsys.readouterr().err
         assert name in line and part in line and "weights_only" not in line and len(line) < 300
+
+
+def test_memory_that_gives_out_is_not_taken_for_code(card, tmp_path, capsys, monkeypatch):
+    common.save_checkpoint(tmp_path / "best.pt", card)
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1200000000 bytes"
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=RuntimeError(text)))
+    with pytest.raises(SystemExit):
+        common.load_checkpoint(tmp_path / "best.pt")
+    line = capsys.readouterr().err
+    assert text in line and "more than tensors" not in line
 
 
 # ---- names ------------------------------------------------------------------------------------
