@@ -1,4 +1,5 @@
 """The table of the reports' claims: verdicts from intervals, and the sums done another way."""
+import itertools
 import json
 import math
 
@@ -89,3 +90,23 @@ def test_a_run_that_changes_a_verdict_stops_the_advice():
 def test_the_published_advice_is_that_of_the_published_runs():
     kept = json.loads((claims.PUBLISHED / "advice.json").read_text())
     assert kept == claims.advice(claims.reports()), "stale: make claims readme"
+
+
+def test_of_ten_pairs_of_alpha_one_is_told():
+    rows = claims.swept("distill-alpha")
+    pairs = itertools.combinations(("0.3", "0.5", "0.7", "0.9", "1"), 2)
+    told = [(a, b) for a, b in pairs if claims.above("", rows[a], rows[b])[1] != "cannot tell"]
+    assert told == [("0.7", "1")]
+    assert all(claims.above("", rows[a], rows["0"])[1] == "cannot tell" for a in rows if a != "0")
+
+
+def test_no_advice_rests_on_a_network_that_did_not_learn():
+    names = ("distill-temperature", "distill-alpha", "epochs-student", "epochs-teacher", "lambda",
+             "ramp-up", "distill-ema-decay", "views-student", "views-kd", "labels-student",
+             "labels-mean-teacher")
+    silent = {(name, setting) for name in names
+              for setting, runs in claims.swept(name, figure="learned").items()
+              if 0 in runs.values()}
+    assert silent == {("epochs-teacher", "1")}
+    told = " ".join(line["measured"] for line in claims.advice(claims.reports()))
+    assert "a teacher of 1 epochs" not in told
