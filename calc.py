@@ -13,8 +13,7 @@
 COMMAND --help explains one, --json prints JSON, calc.main([...]) gives a dict.
 Macs are multiply-adds of convolutions and matrix products, for one input.
 """
-from flags import (  # noqa: I001  first: it answers Ctrl-C
-    RECIPES, Parser, a_path, fail, launch, number, settings, words)
+from flags import RECIPES, Parser, a_path, fail, launch, number, settings, words  # noqa: I001
 import inspect
 import json
 import math

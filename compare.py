@@ -278,8 +278,9 @@ def verdict(low, high, learned=True):
     """helps, hurts, cannot tell (no interval, or it holds 0), or no conclusion (not learned)."""
     if not learned:
         return "no conclusion"
-    told = low is not None and not low <= 0 <= high
-    return ("helps" if low > 0 else "hurts") if told else "cannot tell"
+    if low is None or low <= 0 <= high:
+        return "cannot tell"
+    return "helps" if low > 0 else "hurts"
 
 
 def by_seed(row, name):

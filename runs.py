@@ -38,7 +38,7 @@ METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
 
 
 HELD = {}       # run folder -> the descriptor by which this process keeps others out
-CONFIGS = {}    # ... -> the bytes of its config.json
+CONFIGS = {}    # ... -> the bytes of its config.json, as long
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -215,6 +215,7 @@ def hold(folder, how=fcntl.LOCK_EX):
 def release(folder, lock):
     """Let other processes into a run's folder again."""
     HELD.pop(folder, None)
+    CONFIGS.pop(folder, None)
     os.close(lock)
 
 
