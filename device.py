@@ -314,12 +314,18 @@ def guard(args):
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             fail(f"--compile: PyTorch could not compile this network ({text.splitlines()[0]}); "
                  "leave --compile out, or mend that")
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+        if "have a deterministic implementation" in text:
+            fail(f"--deterministic: {text.split()[0]} of PyTorch cannot, on this device; leave "
+                 "--deterministic out, or give another --arch, --pool or --device")
+        counted = re.search("integer out of range|32-bit ind", text)        # of a GPU's kernels
+        if not (counted or isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
                 "not enough memory|allocate memory|bad_alloc|out of memory", text)):
             raise
         asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
         lack = (f"out of memory: {asked[1] if asked else 'more'} asked for beside "
                 f"{peak_memory() / 1e9:.2f} GB")
+        if counted:
+            lack = f"more numbers than a kernel of PyTorch can count ({text.splitlines()[0]})"
         if "batch_size" not in vars(args):
             fail(f"{lack}; end other programs, or give a smaller --image-size where there is one")
         fail(f"{lack}, with batches of {args.batch_size} images of "

@@ -96,9 +96,13 @@ def launch(main):
             signal.signal(each, nothing)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
+    found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
     def silence():          # all is said and whole: a stop needs no words from here on
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) is stop:
+        for each, usual in found.items():
+            if "IPython" in sys.modules:        # %run: it lives on, and has its own
+                signal.signal(each, usual or signal.SIG_DFL)
+            elif signal.getsignal(each) is stop:
                 signal.signal(each, signal.SIG_DFL)
             elif signal.getsignal(each) is nothing:     # functions do not last to Python's end
                 signal.signal(each, signal.SIG_IGN)

@@ -63,11 +63,13 @@ RECIPES = {
         consistency=dict(ema_decay=0.99)),
     "cifar10-xavier-avg": dict(                # of its three α the best printed
         report="003", dataset="cifar10", init="xavier", pool="avg", epochs=15,
-        teacher=dict(arch="cifar10-xavier-avg-teacher"),
+        # Decay, by validation: seed 0 had 84.3 % with 0.05, 85.2 with 0.5.
+        teacher=dict(arch="cifar10-xavier-avg-teacher", weight_decay=0.5),
         # lr, by validation: seed 1 had 77.6 % with 0.001 and 80.4 with 0.003.
         student=dict(arch="cifar10-xavier-avg-student", lr=3e-3),
         kd=dict(alpha=0.8),
-        consistency=dict(arch="cifar10-xavier-avg-teacher", lr=1e-3, ema_decay=0.99)),
+        consistency=dict(arch="cifar10-xavier-avg-teacher", lr=1e-3, weight_decay=0.5,
+                         ema_decay=0.99)),
     "svhn-xavier-avg": dict(
         report="004", dataset="svhn", init="xavier", pool="avg",
         augment="crop",                        # house numbers: no mirror
@@ -115,9 +117,10 @@ SHOWN = {
     "normalise": "{s[normalise]}", "augment": "{s[augment]}", "views": "{s[views]}",
     "teacher": "{t[arch]}", "student": "{s[arch]}", "init, pool": "{s[init]}, {s[pool]}",
     "objective": "{s[objective]}", "epochs: T, S": "{t[epochs]}, {s[epochs]}",
-    "lr: T, S": "{t[lr]:g}, {s[lr]:g}", "kd: T, α": "{k[temperature]:g}, {k[alpha]:g}",
-    "kd: EMA": "{k[ema_decay]:g}", "kd-ema: EMA": "{own[ema_decay]:g}",
-    "mean teacher": "{m[arch]}", "  epochs": "{m[epochs]}", "  EMA": "{m[ema_decay]:g}",
+    "lr: T, S": "{t[lr]:g}, {s[lr]:g}", "decay: T, S": "{t[weight_decay]:g}, {s[weight_decay]:g}",
+    "kd: T, α": "{k[temperature]:g}, {k[alpha]:g}", "kd: EMA": "{k[ema_decay]:g}",
+    "kd-ema: EMA": "{own[ema_decay]:g}", "mean teacher": "{m[arch]}", "  epochs": "{m[epochs]}",
+    "  decay": "{m[weight_decay]:g}", "  EMA": "{m[ema_decay]:g}",
     "  λ, cost": "{m[class_weight]:g}, {m[class_cost]}", "  ramp-up": "{m[ramp_up]}",
     "  warm start": "{m[warm_start]}", "  noise": "{m[noise]}",
 }
@@ -145,7 +148,7 @@ def recipes_table(width=80):
 
 def same_in_all():
     """Return what no recipe changes, as text."""
-    names = ("batch_size", "optimizer", "schedule", "weight_decay", "clip", "activation", "norm",
+    names = ("batch_size", "optimizer", "schedule", "clip", "activation", "norm",
              "val_fraction")
     return textwrap.fill("The same in all: " + ", ".join(f"{n} {DEFAULTS[n]}" for n in names), 80)
 

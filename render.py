@@ -8,6 +8,7 @@ import textwrap
 from PIL import Image
 
 from compare import ROWS, label
+from flags import fail
 
 COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
     "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
@@ -39,7 +40,7 @@ COMMAND_OF = {
     "mean-teacher-no-ema": "distill.py --objective consistency --ema-decay 0",
 }
 LARGEST = 160   # pixels a side of a picture in a tile
-MARK = "(!)"  # beside what did not learn; ASCII, for terminals of every kind
+MARK = "(!)"  # before what did not learn; ASCII, for terminals of every kind
 
 
 # ---- cells and tables -------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def _points(entry):
 def _cells(row):
     """What a table shows of a row, in the order of COLUMNS."""
     sound = row["learned"] and not row.get("mixed")
-    return [row["label"] + ("" if sound else f" {MARK}"), str(len(row["seeds"])),
+    return [("" if sound else f"{MARK} ") + row["label"], str(len(row["seeds"])),
             _count(row["parameters"]), _count(row["macs"]), f"{row['epochs']['mean']:g}",
             _percent(row["val_accuracy"]), _percent(row["test_accuracy"]),
             _percent(row["last_test_accuracy"]),
@@ -117,9 +118,9 @@ def markdown_comparisons(report):
     return pipes(COMPARED, _compared(report))
 
 
-def _beside(report):
-    """The lines of what accuracy does not say, in the order of BESIDE; none where no run kept its
-    outputs."""
+def beside(report):
+    """The lines of what accuracy does not say, in the order of BESIDE; none where no outputs were
+    kept."""
     rows = [row for row in report["rows"] if row.get("beside")]
     return [[_counted(row), _percent(row["beside"]["calibration"]),
              *((_percent(row["beside"]["agreement"]) + _pairs(row),
@@ -232,16 +233,9 @@ def markdown_soak(found):
     return "\n\n".join([killed, *[kept] * bool(held), "<br>\n".join(made)])
 
 
-def markdown_claims(found):
-    """published/claims.json as Markdown."""
-    return pipes(("report", "claim", "printed", "measured here", "verdict"),
-                 [list(one.values()) for one in found])
-
-
-def markdown_advice(found):
-    """published/advice.json as Markdown."""
-    return pipes(("choice", "advice", "points of test accuracy, measured here"),
-                 [list(one.values()) for one in found])
+def listed(*header):
+    """Return what puts a list of a published JSON file under a header, as Markdown."""
+    return lambda found: pipes(header, [list(one.values()) for one in found])
 
 
 def markdown(report):
@@ -251,9 +245,9 @@ def markdown(report):
         f"# {report['recipe']}", markdown_table(report), "![all runs](comparison.png)",
         *(["## Comparisons", markdown_comparisons(report), COMPARED_NOTE]
           if report["comparisons"] else []),
-        *(["## Beside accuracy", pipes(BESIDE, _beside(report)),
+        *(["## Beside accuracy", pipes(BESIDE, beside(report)),
            *([pipes(*per_class(report))] if per_class(report) else []),
-           "![calibration and confusion](details.png)", BESIDE_NOTE] if _beside(report) else []),
+           "![calibration and confusion](details.png)", BESIDE_NOTE] if beside(report) else []),
         "## Rows", "\n".join(f"- {label(key)}: {ROWS[key][1]}" for key in keys)]) + "\n"
 
 
@@ -324,6 +318,10 @@ def picture(path, caption):
     """Return a picture with its bytes inside, or nothing where there is none."""
     if not path.is_file():
         return ""
+    try:
+        Image.open(path, formats=["PNG"]).load()
+    except Exception as error:      # what flipped bits lead to is of many kinds
+        fail(f"{path}: cut short or damaged ({error}); remove it, or make it anew")
     data = base64.b64encode(path.read_bytes()).decode()
     return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>")
@@ -340,8 +338,8 @@ def recipe_section(folder, found):
         parts += ["<h3>Comparisons</h3>", table(COMPARED, _compared(found)),
                   f"<p class=notes>{html.escape(COMPARED_NOTE)}</p>"]
     parts.append(picture(folder / "comparison.png", f"all runs of {folder.name}"))
-    if _beside(found):
-        parts += ["<h3>Beside accuracy</h3>", table(BESIDE, _beside(found)),
+    if beside(found):
+        parts += ["<h3>Beside accuracy</h3>", table(BESIDE, beside(found)),
                   *([table(*per_class(found))] if per_class(found) else []),
                   f"<p class=notes>{html.escape(BESIDE_NOTE)}</p>",
                   picture(folder / "details.png", f"calibration and confusion of {folder.name}")]

@@ -9,6 +9,7 @@
 """
 from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words  # noqa: I001
 
+import contextlib
 import json
 import re
 import shlex
@@ -29,6 +30,7 @@ from compare import (
     teacher_of,
 )
 from plots import MOST_BYTES, draw_comparison, draw_details
+from recipes import DEFAULTS
 from runs import SUMS, plain_name, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
@@ -68,6 +70,7 @@ def build(recipe, results_dir="results"):
     no_gap = add_gaps(rows)
     notes = _notes(groups, rows, made, no_gap, few and "teacher" not in rows)
     pooled = add_beside(rows, folder)
+    keep_beside(rows, folder / "report.json")
     for role in ("student",) if few else ("teacher", "student"):
         if role not in rows:
             notes.append(f"Missing: the {label(role)}. "
@@ -87,6 +90,19 @@ def build(recipe, results_dir="results"):
             "unfinished": unfinished,
             "chance": 1 / classes if classes else None,
             "classes": names and list(map(plain, names))}, runs, pooled
+
+
+def keep_beside(rows, path):
+    """Take from an earlier report what rows say beside accuracy whose runs kept no outputs: those
+    that are published did not. The runs have to be the same, and their test accuracies."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        for old in earlier["rows"]:
+            row = rows.get(old["key"], {"beside": True})
+            same = all(row.get(name) == old[name] for name in ("runs", "weights", "test_accuracy"))
+            if not row["beside"] and same and render.beside(trial := {**earlier, "rows": [old]}):
+                render.per_class(trial)         # as far as it can be shown
+                row["beside"] = old["beside"]
 
 
 def _command(role, recipe, results_dir, config):
@@ -117,9 +133,12 @@ def _spread(groups, key):
 
 
 def _told(group, members):
-    """What else defines a row: labels kept, and how its teacher teaches; "" where nothing does."""
+    """What else defines a row: labels kept, a weight decay that is not the usual one, and how its
+    teacher teaches; "" where nothing does."""
     config = next(iter(members.values()))["config"]
     words = [f"{config['labels']} labels"] if config.get("labels") else []
+    if config.get("weight_decay", usual := DEFAULTS["weight_decay"]) != usual:
+        words.append(f"weight decay {config['weight_decay']}")
     if config.get("objective") == "consistency":
         words += [f"λ {config['class_weight']:g}", f"{config['class_cost']} on the labels",
                   f"ramp-up {config['ramp_up']}"]
@@ -170,7 +189,8 @@ def _notes(groups, rows, made, no_gap, silent):
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
-          "claims": render.markdown_claims, "advice": render.markdown_advice,
+          "claims": render.listed("report", "claim", "printed", "measured here", "verdict"),
+          "advice": render.listed("choice", "advice", "points of test accuracy, measured here"),
           "soak": render.markdown_soak, "sweep": None}
 # ... of which these have a file of their own; the others are in <recipe>/report.json.
 FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "advice", "soak")}
@@ -344,6 +364,8 @@ def main(argv=None):
         fail(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
     try:
         return COMMANDS[command](parse(command, rest))
+    except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
+        raise
     except OSError as error:
         fail(f"{error.filename or 'output'}: {error.strerror}")
 

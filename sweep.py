@@ -29,6 +29,7 @@ SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
 OWN = {"seed": "--seeds", "run": "--name, of the sweep's folder", "results-dir": "it after the --",
        "recipe": "it after the --", "resume": "nothing: a sweep goes on by itself",
        "overwrite": "it after the --", "dry-run": "it after the --"}     # flag -> give instead
+OF_MAKE = {"DATASET", "DATA_DIR", "EPOCHS", "BATCH_SIZE", "LABELS", "VIEWS", "DEVICE", "PRECISION"}
 FIGURES = {"train_accuracy": "train", "val_accuracy": "validation", "test_accuracy": "test",
            "ema_test_accuracy": "test, average"}
 SHORT = {"val_accuracy": "val %", "test_accuracy": "test %", "ema_test_accuracy": "average %"}
@@ -108,8 +109,8 @@ def sweep(args, script, words):
             fail(f"sweep: --over names {flag} more than once; give all of its values in one")
         if {f"--{flag}", f"--no-{flag}"} & {word.partition("=")[0] for word in words}:
             made = flag.upper().replace("-", "_")
-            fail(f"sweep: --{flag} after the -- (of make: {made}=), too: leave it out, --over "
-                 "sets it")
+            made = f" (of make: {made}=)" if made in OF_MAKE else ""
+            fail(f"sweep: --{flag} after the --{made}, too: leave it out, --over sets it")
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
     name = runs.plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
@@ -189,6 +190,7 @@ def summary(names, values, finals, first):
     row = dict(zip(names, values, strict=True)) | dict(
         seeds=list(known), failed=[seed for seed in finals if seed not in known],
         learned=len(known) == len(finals) and all(final["learned"] for final in known.values()),
+        silent=[seed for seed, final in known.items() if not final["learned"]],
         parameters=next((final["parameters"] for final in known.values()), None),
         tests={seed: final["test_accuracy"] for seed, final in known.items()})
     for figure in FIGURES:
@@ -252,7 +254,10 @@ def mark(row, best):
     """What is said of a row at its end."""
     if row["failed"]:
         return "not finite: seed " + ", ".join(map(str, row["failed"]))
-    return "learned nothing" if not row["learned"] else "best by validation" * (row is best)
+    if row["silent"]:
+        some = len(row["silent"]) < len(row["seeds"])
+        return "learned nothing" + some * f": seed {', '.join(map(str, row['silent']))}"
+    return "best by validation" * (row is best)
 
 
 def terminal(names, rows, best):
@@ -286,19 +291,21 @@ def draw(path, names, grids, rows, heading):
     axes = figure.subplots()
     places = {value: place for place, value in enumerate(grids[0][1])}
     ordered = all(re.search(r"(^|=)[\d.]|^all", title(value)) for value in places)
-    lines = {}
+    lines, silent = {}, []
     for row in rows:
         lines.setdefault(tuple(row[name] for name in names[1:]), []).append(row)
     for number, (others, members) in enumerate(lines.items()):
         for figure_name, filled in (("test_accuracy", True), ("ema_test_accuracy", False)):
-            shown = [(places[row[names[0]]], row[figure_name]) for row in members
-                     if row[figure_name] is not None]
+            shown = [row for row in members if row[figure_name] is not None]
             if not shown:
                 continue
             side = number - (len(lines) - 1) / 2 + (0 if filled else 0.7)      # bars side by side
-            x = [place + 0.08 * side for place, _ in shown]
-            y = [100 * mid for _, (mid, _, _) in shown]
-            half = [0 if low is None else 100 * (mid - low) for _, (mid, low, _) in shown]
+            x = [places[row[names[0]]] + 0.08 * side for row in shown]
+            y = [100 * row[figure_name][0] for row in shown]
+            half = [0 if low is None else 100 * (mid - low)
+                    for mid, low, _ in (row[figure_name] for row in shown)]
+            silent += [point for *point, row in zip(x, y, shown, strict=True)
+                       if filled and not row["learned"]]
             label = ", ".join(f"{n} {v}" for n, v in zip(names[1:], others, strict=True))
             label = f"{label or 'test'}{'' if filled else ', average'}"
             colour = OTHER_COLOURS[number % len(OTHER_COLOURS)] if others else "#0072B2"
@@ -312,8 +319,6 @@ def draw(path, names, grids, rows, heading):
                  if seed in row["tests"]]
         axes.plot([place for place, _ in pairs], [100 * value for _, value in pairs],
                   color="#B0B0B0", linewidth=0.8, zorder=0, label="_")
-    silent = [(places[row[names[0]]], 100 * row["test_accuracy"][0]) for row in rows
-              if row["test_accuracy"] and not row["learned"]]
     if silent:
         axes.plot(*zip(*silent, strict=True), "x", color="black", markersize=11, markeredgewidth=2,
                   label="learned nothing")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 
-def known(low, high, verdict, title="kd - student alone", n=5):
+def known(low, high, verdict, title="kd - student alone", n=5, last=None):
     mean = None if low is None else (low + high) / 2
     best = dict(n=n, mean=mean, low=low, high=high, verdict=verdict)
-    return {"comparisons": [dict(title=title, best=best)]}
+    return {"comparisons": [dict(title=title, best=best, last=last or best)]}
 
 
 @pytest.mark.parametrize("sign, verdict, expected", [
@@ -28,6 +28,14 @@ def test_recipes_that_disagree_are_named():
         "d": known(0, 0, "no conclusion"), "e": known(0, 0, "helps", "another")},
         "kd - student alone", 1)
     assert told == "holds: a, c; the reverse holds: b" and "; d " not in text
+
+
+def test_a_last_epoch_that_says_something_else_is_told():
+    (comparison,) = known(1, 3, "helps")["comparisons"]
+    text, told = claims.compared({"a": known(-1, 1, "cannot tell", last=comparison["best"])},
+                                 "kd - student alone", -1)
+    assert told == "cannot tell: a; the reverse holds at the last epoch: a"
+    assert text.endswith("a +0.00 (-1.00 to +1.00, n 5); a, last epoch +2.00 (+1.00 to +3.00, n 5)")
 
 
 def test_what_no_run_compares_is_not_measured():

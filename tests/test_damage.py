@@ -435,15 +435,23 @@ def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
              "lower --batch-size")
 
 
-def test_a_gpu_that_runs_out_of_memory_names_the_sizes(easy, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind, text, parts", [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
+     "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",
+                              "lower --batch-size"]),
+    (RuntimeError, "integer out of range", [
+        "a kernel of PyTorch can count (integer out of range)", "batches of 16 images of 3×16×16",
+        "lower --batch-size"]),
+    (RuntimeError, "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation,"
+     " but you set 'torch.use_deterministic_algorithms(True)'. You can …",
+     ["--deterministic: adaptive_max_pool2d_backward_cuda", "leave --deterministic out"])])
+def test_what_a_gpu_cannot_do_is_told(easy, tmp_path, capsys, monkeypatch, kind, text, parts):
     """What PyTorch raises there, as no GPU is at hand here."""
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a "
-                                     "total capacity of 7.79 GiB")
+        raise kind(text)
 
     monkeypatch.setattr(train_student, "hard_loss", full)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), "out of memory: 2.50 GiB",
-                 "batches of 16 images of 3×16×16", "lower --batch-size")
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), *parts)
 
 
 # ---- numbers ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import html.parser
 
 import fake_runs
+import numpy as np
 import pytest
 import tiny
 
@@ -65,6 +66,46 @@ def test_sweeps_are_shown(tmp_path, read):
     page = read()
     for text in ("distill-alpha", "best by validation", "0.5"):
         assert text in "".join(page.text)
+
+
+@pytest.mark.parametrize("place", ["digits/kd-s0/curves.png", "sweeps/one/sweep.png"])
+def test_a_picture_that_is_cut_short_is_named(tmp_path, read, capsys, place):
+    run = fake_runs.make_run(tmp_path, "kd-s0", 0, 73)
+    plots.draw_curves(report.read_runs(run.parent)[0][0]["history"], run / "curves.png")
+    whole = (run / "curves.png").read_bytes()
+    (tmp_path / "sweeps/one").mkdir(parents=True)
+    (tmp_path / "sweeps/one/sweep.md").write_text("| a |\n| --- |\n| 1 |\n")
+    (tmp_path / place).write_bytes(whole)
+    read()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for wrong in (whole[:-2000], bytes(flipped), b""):
+        (tmp_path / place).write_bytes(wrong)
+        tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], tmp_path / place,
+                     "remove it")
+
+
+def test_what_is_published_says_what_its_outputs_said(tmp_path, read):
+    """They stay behind; a report of other runs says nothing of these."""
+    for seed in (0, 1):
+        run = fake_runs.make_run(tmp_path, f"kd-s{seed}", seed, 50)
+        np.savez(run / "test.npz", logits=4 * np.eye(2), labels=np.array([0, seed]))
+    report.main(["publish", "--results-dir", str(tmp_path)])
+    whole = report.main(["--results-dir", str(tmp_path)])["rows"]
+    assert whole[0]["beside"]["n"] == 2
+    place = tmp_path / "published"
+    assert report.main(["--results-dir", str(place)])["rows"] == whole
+    report.main(["html", "--results-dir", str(place)])
+    text = (place / "report.html").read_text(encoding="utf-8")
+    assert "Beside accuracy" in text and "calibration and confusion of digits" in text
+    path = place / "digits" / "report.json"
+    known = path.read_text()
+    for old, new in (('"calibration"', '"x"'), ('"n": 2', '"n": []'), ('"kd-s1"', '"kd-s2"'),
+                     ('"classes": [\n', '"classes": [{},\n'), ("0.5", "0.6")):
+        assert old in known
+        path.write_text(known.replace(old, new))
+        assert report.main(["--results-dir", str(place)])["rows"][0]["beside"] in (
+            {}, whole[0]["beside"]), new
 
 
 def test_nothing_to_show(tmp_path, capsys):

@@ -230,7 +230,7 @@ def test_seeds_with_other_settings_are_not_one_row(tmp_path):
                     "student alone - teacher": "hurts"}
     (note,) = [note for note in result["notes"] if "other settings" in note]
     assert "kd: temperature 4.0 (kd-s0, kd-s1), but 1.0 (kd-s2)" in note
-    assert render._cells(rows_of(result)["kd"])[0] == "kd (!)"
+    assert render._cells(rows_of(result)["kd"])[0] == "(!) kd"
 
 
 def test_no_conclusion_from_what_did_not_learn(tmp_path):
@@ -245,7 +245,7 @@ def test_no_conclusion_from_what_did_not_learn(tmp_path):
                     "student alone - teacher": "no conclusion"}
     assert all(row["gap"] is None for row in result["rows"])
     out = render.terminal(result)
-    assert "student alone (!)" in out and "(!) No conclusion from student-s1:" in out
+    assert "(!) student alone" in out and "(!) No conclusion from student-s1:" in out
     assert "No gap is shown: the student alone did not learn." in out
     assert "64.00" not in out  # kd's lead over it is not worth printing
 
@@ -301,7 +301,8 @@ def test_other_runs_get_rows_of_their_own(tmp_path):
 
 
 def test_settings_that_differ_are_said(tmp_path):
-    make_run(tmp_path, "teacher-s0", 0, 80, epochs=8, device="cuda", precision="bf16")
+    make_run(tmp_path, "teacher-s0", 0, 80, epochs=8, device="cuda", precision="bf16",
+             weight_decay=0.5)
     make_run(tmp_path, "student-s0", 0, 70)
     make_run(tmp_path, "kd-s0", 0, 73, data_key="e" * 64, labels=1000)
     result = numbers(tmp_path)
@@ -310,6 +311,7 @@ def test_settings_that_differ_are_said(tmp_path):
                     "fp32, but bf16 (teacher); epochs 6, but 8 (teacher); data dddddddddddd, but "
                     "eeeeeeeeeeee (kd); labels all, but 1000 (kd).")
     assert result["settings"]["epochs"] == "6, but 8 (teacher)"
+    assert "teacher: weight decay 0.5; kd: 1000 labels." in result["notes"]
 
 
 def test_same_settings_are_no_news(tmp_path):

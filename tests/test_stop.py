@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_runs
 import pytest
 import tiny
 import torch
@@ -80,6 +81,28 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     child.wait(timeout=120)
     assert child.returncode == 141 and not child.stderr.read()
     child.stderr.close()
+
+
+@pytest.mark.parametrize("main", ["None", "flags.fail('of no use')"])
+def test_ipython_keeps_its_own_handlers_after_a_script(main):
+    code = (f"import signal, sys, types; sys.path.insert(0, {str(ROOT)!r})\n"
+            "sys.modules['IPython'] = types.ModuleType('IPython'); import flags\n"
+            "ours = lambda *_: None\n"
+            "for each in (signal.SIGINT, signal.SIGTERM): signal.signal(each, ours)\n"
+            f"try: flags.launch(lambda: {main})\n"
+            "except SystemExit: pass\n"
+            "assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is ours\n")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_who_reads_the_report_may_leave(tmp_path):
+    fake_runs.make_six(tmp_path, 2)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, str(ROOT / "report.py"), "--results-dir", tmp_path],
+                          stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("main, lines", [("None", 0), ("flags.fail('of no use')", 1)])

@@ -11,6 +11,7 @@ import plots
 import report
 import runs
 import train_teacher
+from sweep import mark
 
 
 def sweep(easy, results, *own, script="distill.py", flags=(), epochs=2):
@@ -105,7 +106,8 @@ def test_wrong_input(easy, tmp_path, capsys, own, parts):
 def test_two_settings_are_two_runs(easy, tmp_path, capsys):
     """A value after the -- would be told, and not be used; two folders of one name be one run."""
     for own, words, parts in (
-            ("lr=0.1", ["--lr=0.5"], ["--lr after the --", "LR="]),
+            ("lr=0.1", ["--lr=0.5"], ["--lr after the --, too"]),
+            ("batch-size=8,9", ["--batch-size", "8"], ["of make: BATCH_SIZE="]),
             ("compile=1", ["--no-compile"], ["--compile after the --"]),
             ("data-dir=a/x,b/x", [], ["data-dir=x-s0", "differ"]),
             (f"data-dir=./,{Path.cwd()}", [], [f"data-dir={Path.cwd().name}-s0", "differ"]),
@@ -165,6 +167,7 @@ def test_a_row_that_cannot_be_ranked(easy, tmp_path, capsys):
     assert found["best"] is learned and learned["learned"] and not nothing["learned"]
     assert (infinite["failed"], infinite["seeds"], infinite["test_accuracy"]) == ([0, 1], [], None)
     assert learned["above_first"] is None       # the first row learned nothing
+    assert mark(dict(nothing, silent=[1]), None) == "learned nothing: seed 1"
     folder = tmp_path / "sweeps" / "train_student-lr"
     text = (folder / "sweep.md").read_text()
     for part in ("| learned nothing |", "| not finite: seed 0, 1 |", "| best by validation |"):
