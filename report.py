@@ -367,7 +367,7 @@ def main(argv=None):
     except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
         raise
     except OSError as error:
-        fail(f"{error.filename or 'output'}: {error.strerror}")
+        fail(f"{error.filename or 'output'}: {error.strerror}; mend that")
 
 
 if __name__ == "__main__":
