@@ -275,10 +275,10 @@ def interval(differences):
 
 
 def verdict(low, high, learned=True):
-    """helps, hurts, cannot tell (no interval, or it holds 0), or no conclusion (not learned)."""
+    """helps, hurts, cannot tell (no interval, 0 in it, no width), no conclusion (not learned)."""
     if not learned:
         return "no conclusion"
-    if low is None or low <= 0 <= high:
+    if low is None or low <= 0 <= high or high - low < 1e-9:
         return "cannot tell"
     return "helps" if low > 0 else "hurts"
 

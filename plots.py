@@ -32,7 +32,8 @@ STYLES = {
     "mean-teacher/recomputed": ("#009E73", (0, (1, 3))),
     "mean-teacher-no-ema": ("#CC79A7", (0, (1, 1.5))),
 }
-OTHER_COLOURS = ("#7F7F7F", "#E69F00", "#8C564B", "#4D4D9F", "#A0A000")
+OTHER_COLOURS = ("#7F7F7F", "#E69F00", "#8C564B", "#4D4D9F", "#A0A000", "#117733",
+                 "#882255")
 OTHER_LINES = ((0, (8, 2)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2, 1, 2)))
 TEXT = 10  # points, in figures 10 inches wide: 5 points where a page is 5 inches wide
 MOST_BYTES = 200_000

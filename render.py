@@ -20,8 +20,9 @@ COMPARED = ("comparison", "question", "n", "best epoch: points [95 %]", "verdict
 BESIDE = ("run", "calibration error %", "agreement with teacher %", "KL to teacher",
           "worst class %", "best class %")
 MOST_CLASSES = 20       # of which each gets a column
-COMPARED_NOTE = ("Points of test accuracy, paired by seed, with the 95 % interval of Student's t. "
-                 "Where it holds 0, and with one seed, the runs cannot tell.")
+COMPARED_NOTE = ("Points of test accuracy, paired by seed (of the same data, and of two that were "
+                 "taught by the same teacher), with the 95 % interval of Student's t. Where it "
+                 "holds 0 or has no width, and with one seed, the runs cannot tell.")
 # Columns that a narrow screen leaves out.
 LESSER = {"parameters", "multiply-adds", "epochs", "validation %", "test %, last epoch", "question",
           "last epoch: points [95 %]"}

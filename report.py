@@ -13,7 +13,6 @@ import contextlib
 import json
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 
 import render
@@ -119,16 +118,20 @@ def _spread(groups, key):
     """What the runs have for one setting, in words: "8", or "8, but 10 (teacher)"."""
     owners = {}
     for group, members in groups.items():
+        texts = {}
         for run in members.values():
             value = {**run["config"], **run["final"]}.get(key)
             if value is None:
                 value = "all" if key == "labels" else "unknown"
             # Twelve characters are enough of a hash, and all of any other setting.
             text = f"{value:g}" if isinstance(value, float) else plain(value)[:12]
-            owners.setdefault(text, Counter())[label(group)] += 1
+            texts.setdefault(text, []).append(plain(run["name"]))
+        for text, names in texts.items():       # a row as a whole, or some of its runs
+            who = owners.setdefault(text, {})
+            who.update({label(group): len(names)} if len(texts) == 1 else dict.fromkeys(names, 1))
     if key == "seed":
         return ", ".join(sorted(owners, key=int))
-    common, *others = sorted(owners, key=lambda text: -owners[text].total())
+    common, *others = sorted(owners, key=lambda text: -sum(owners[text].values()))
     return ", but ".join([common] + [f"{text} ({', '.join(owners[text])})" for text in others])
 
 
@@ -181,8 +184,9 @@ def _notes(groups, rows, made, no_gap, silent):
         (any(len(row["seeds"]) > 1 for row in rows.values()),
          "Figures are mean ± sample standard deviation over n seeds."),
         (no_gap and not silent, f"No gap is shown: {no_gap}."),
-        (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy "
-                     "(-: not learned, or no seed in common)."))
+        (not no_gap, "Gap: the share of the way from student alone to teacher, in test accuracy, "
+                     "both over the row's seeds as far as they have them (-: not learned, or no "
+                     "seed in common)."))
     return [note for applies, note in notes if applies]
 
 
@@ -190,6 +194,7 @@ def _notes(groups, rows, made, no_gap, silent):
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
           "claims": render.listed("report", "claim", "printed", "measured here", "verdict"),
+          "beside": lambda report: render.pipes(render.BESIDE, render.beside(report)),
           "advice": render.listed("choice", "advice", "points of test accuracy, measured here"),
           "soak": render.markdown_soak, "sweep": None}
 # ... of which these have a file of their own; the others are in <recipe>/report.json.

@@ -278,7 +278,8 @@ def about(folders, script, words):
     for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
                        ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),
                        ("date", "date")):
-        values = sorted({config.get(key, "unknown") for config in configs}, key=str)
+        values = sorted({config.get(key, "unknown") for config in configs},
+                        key=lambda value: (type(value) is not int, str(value).zfill(9)))
         told.append(f"{title} {', '.join(runs.short(v)[:12] for v in values)}")
     told = plain(f"`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.")
     return f"\n{told}\n"

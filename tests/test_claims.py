@@ -83,7 +83,7 @@ def test_advice_is_held_against_pairs_of_seeds(tmp_path):
     found = claims.swept("x", tmp_path)
     assert found == {"1": {"0": 0.5, "2": 0.6}, "8": {"0": 0.52, "2": 0.62, "3": 0.1}}
     assert claims.above("8 - 1:", found["8"], found["1"]) == (
-        "8 - 1: +2.00 (+2.00 to +2.00, n 2)", "helps")
+        "8 - 1: +2.00 (+2.00 to +2.00, n 2)", "cannot tell")        # its spread was not seen
 
 
 def test_a_run_that_changes_a_verdict_stops_the_advice():

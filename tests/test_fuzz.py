@@ -214,8 +214,9 @@ def house(stocked, tmp_path, monkeypatch):
         "mlp" if sys._getframe(1).f_code.co_name == "init" else arch, *rest, **more))
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: Image.new("RGB", (1, 1)).save(
         file, "PNG"))
-    monkeypatch.setattr(report, "draw_comparison", lambda rows, runs, path, *_: path.touch())
-    monkeypatch.setattr(report, "draw_details", lambda panels, path, *_: path.touch())
+    for name in ("draw_comparison", "draw_details"):
+        monkeypatch.setattr(report, name, lambda *words: Image.new("RGB", (1, 1)).save(
+            next(word for word in words if isinstance(word, Path))))
     yield ["made", "best.pt", *(path.name for path in house.iterdir()), house, house / "best.pt",
            "images/train/blue/0.png", "text/x", "missing/x", "results/digits/teacher-s0", "x" * 255]
     (house / "shut").chmod(0o700)
