@@ -13,7 +13,7 @@
 COMMAND --help explains one, --json prints JSON, calc.main([...]) gives a dict.
 Macs are multiply-adds of convolutions and matrix products, for one input.
 """
-from flags import RECIPES, Parser, a_path, fail, launch, number, settings, words  # noqa: I001
+from flags import RECIPES, Parser, a_file, fail, launch, number, settings, words  # noqa: I001
 import inspect
 import json
 import math
@@ -290,7 +290,7 @@ def arch(recipe: NAME, *, batch_size: INT = 128):
         key.replace("_", " "), a[key], b[key], ratio) for key, ratio in answer["ratio"].items())]
 
 
-def init(recipe: NAME, *, init: {} = None, out: dict(type=a_path) = None):
+def init(recipe: NAME, *, init: {} = None, out: dict(type=a_file) = None):
     """Standard deviation of each output and gradient of a teacher's layers, on noise."""
     import torch
 

@@ -9,7 +9,8 @@ import reprlib
 import torch
 
 from decode import FITS
-from runs import METRICS, SCHEMA, this_version
+from flags import fail
+from runs import METRICS, SCHEMA, is_accuracy, this_version
 
 
 def unread(path, error):
@@ -67,15 +68,24 @@ def unfit(weights, wanted):
         # A few bytes may claim to be a tensor of any size, each number of it the same.
         if not (isinstance(value, torch.Tensor) and value.layout is torch.strided
                 and value.device.type == "cpu" and not value.is_quantized
-                and value.dtype in (torch.float32, torch.int64)
+                and value.dtype == wanted[name].dtype
                 and value.numel() * value.element_size() <= value.untyped_storage().nbytes()):
             return f"{name} is no plain tensor of weights"
         if value.shape != wanted[name].shape:
             return (f"weights that do not fit the network it names ({name} is "
                     f"{tuple(value.shape)}, not {tuple(wanted[name].shape)})")
-        if not value.isfinite().all():
-            return f"{name} holds values that are not finite"
+        if not value.isfinite().all() or name.endswith("running_var") and value.min() < 0:
+            return f"{name} holds values that are not finite, or negative variances"
     return None
+
+
+def finite(file, logits):
+    """Return what a network puts out; leave where that is no number: finite weights may lead there,
+    and argmax would name a class all the same."""
+    if not logits.isfinite().all():
+        fail(f"{file}: what it says of an image is not finite; take a whole copy, or train it "
+             "again with --overwrite")
+    return logits
 
 
 def unsound(state, settings, networks, optimizer, epochs):
@@ -96,7 +106,9 @@ def unsound(state, settings, networks, optimizer, epochs):
             return f"has no row of metrics for epoch {number}"
         for key, value in row.items():
             known = history[0][key] is not None or not ("val_" in key and value is None)
-            if known and not (type(value) in (int, float) and math.isfinite(value)):
+            fine = type(value) in (int, float) and -1e18 < value < 1e18 and (
+                value >= 0 or not key.endswith(("loss", "seconds", "second", "lr")))
+            if known and not (is_accuracy(value) if key.endswith("accuracy") else fine):
                 return f"says {reprlib.repr(value)} of {key} in epoch {number}"
     for what in ("networks", "best"):
         for name, network in networks.items():

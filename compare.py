@@ -126,8 +126,9 @@ def _odd_config(config):
     good = {"class_names": isinstance(names, list) and {*map(type, names)} <= {str},
             "dataset": isinstance(config.get("dataset", ""), str),
             "classes": type(classes) is list and classes or type(classes) is int and classes > 0}
-    good |= {key: isinstance(config.get(key), str if key == "class_cost" else (int, float))
-             for key in (DESCRIBED if config.get("objective") else {"ema_decay"} & config.keys())}
+    read = DESCRIBED if config.get("objective") else {"ema_decay"} & config.keys()
+    good |= {key: isinstance(config.get(key), str) if key == "class_cost" else
+             _plausible("seconds", config.get(key)) for key in read}
     return next((key for key, fine in good.items() if not fine), None)
 
 
@@ -367,8 +368,7 @@ BINS = 15       # of confidence, as Guo et al. 2017 have it
 
 def log_softmax(logits):
     """Return log-probabilities of logits, (N, C), in float64."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(1, keepdims=True)
+    logits = np.asarray(logits, np.float64) - np.max(logits, 1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 

@@ -9,7 +9,7 @@ A data set is read once into arrays below --data-dir; the next start maps those 
 train images are kept in a fixed shuffled order, the same share of every class in any stretch of
 it, so that the last tenth is a fair validation split and no image is copied to make it.
 """
-from flags import SIDES, a_path, fail, launch, number, parse, plain  # noqa: I001
+from flags import SIDES, a_file, fail, launch, number, parse, plain  # noqa: I001
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -301,7 +301,7 @@ def mirror(index, size):
 
 def main(argv=None):
     own = {"show": dict(type=number(int, 1, 1024), metavar="N", help="write a picture of N images"),
-           "out": dict(type=a_path, metavar="FILE",
+           "out": dict(type=a_file, metavar="FILE",
                        help="where to; default: <data-dir>/<dataset>.png"),
            "download": dict(action="store_true", help="fetch the published files, no more")}
     args = parse(__doc__, "student", CHOICES, argv, groups=("data",), own=own)

@@ -91,6 +91,8 @@ def read_image(path, size, fit):
     its name ends in. A ValueError names the path and what is wrong with the file; an OSError, or a
     MemoryError, is no fault of the file."""
     try:
+        if path.exists() and not path.is_file():        # a pipe would be waited for
+            raise ValueError("a folder, a pipe or a device")
         with Image.open(path) as image:
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, which is not run")

@@ -143,12 +143,13 @@ def report_teacher(teacher, card, job, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     val = job.batches[1]
     if not len(val):
-        detail("from", f"{path} (no validation images to measure it on)")
-        return
+        return detail("from", f"{path} (no validation images to measure it on)")
     module = torch.nn.Module()
     module.forward = teacher
-    accuracy = common.evaluate(module, val, job.args.precision)["accuracy"]
-    detail("from", f"{path}: validation accuracy {100 * accuracy:.2f} %")
+    found = common.evaluate(module, val, job.args.precision)
+    if not math.isfinite(found["loss"]):
+        flags.fail(f"--teacher {path}: what it says of images is not finite; give a whole one")
+    detail("from", f"{path}: validation accuracy {100 * found['accuracy']:.2f} %")
     if card.get("val_fraction", 1) < job.args.val_fraction:
         flags.say("warning: this teacher held out fewer images (--val-fraction); it may have "
                   "learned from some that this run validates on")
@@ -156,7 +157,7 @@ def report_teacher(teacher, card, job, path):
     if labels and (own is None or own > labels):
         flags.say(f"warning: this teacher learned from {own or 'all'} labels, the student has "
                   f"{labels}: what it gains may be theirs")
-    if accuracy <= runs.chance(val.labels.cpu()):
+    if found["accuracy"] <= runs.chance(val.labels.cpu()):
         flags.say("warning: this teacher is not above chance; what it teaches is noise")
 
 
@@ -173,10 +174,8 @@ def pick_cache(args, own):
 
 def kept_outputs(teacher, card, job, stream):
     """Return batch -> the teacher's logits, (B, classes), computed once for all views and kept in a
-    file that is named by all that they depend on.
-
-    A row's logits are those that the live teacher gives, bit for bit on the CPU: the same images in
-    batches of the same size, in the same precision, with as many threads.
+    file that is named by all that they depend on. A row's logits are those that the live teacher
+    gives, bit for bit on the CPU: images in batches of one size, one precision, as many threads.
     """
     args, train, folder = job.args, job.batches[0], job.folder.parent / ".teacher"
     views = args.views or args.epochs       # fresh ones: as many as epochs, for the runs to come

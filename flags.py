@@ -228,6 +228,15 @@ def a_path(text):
     return text
 
 
+def a_file(text):
+    """argparse type: a file to write, there or not; of a link, what it leads to."""
+    path = os.path.realpath(a_path(text))
+    if os.path.exists(path) and not os.path.isfile(path) or not os.path.basename(text):
+        raise argparse.ArgumentTypeError(f"{text[:99]!r} is no file but a folder or a device; give "
+                                         "the name of a file")
+    return path if os.path.islink(text) else text
+
+
 def four_numbers(text):
     """argparse type of --noise: two probabilities, a strength, a share."""
     try:

@@ -9,7 +9,7 @@
 The page is one file: test images with prediction and truth, first-layer filters, the most confident
 mistakes, saliency maps, what each class wants to see, and two networks on the same images.
 """
-from flags import FLAGS, Parser, a_path, fail, launch, number, plain, say, words  # noqa: I001
+from flags import FLAGS, Parser, a_file, a_path, fail, launch, number, plain, say, words  # noqa: I001
 import html
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def outputs(one, test, precision):
     size = data.scoring_size(test.images.shape[1:3])
     batches = data.Batches(test, one.card["mean"], one.card["std"], size, one.device)
     common.evaluate(one.network, batches, precision, kept := [])
-    return torch.cat(kept).cpu().numpy()
+    return common.cards.finite(one.file, torch.cat(kept)).cpu().numpy()
 
 
 def read_config(file):
@@ -336,7 +336,7 @@ def predict(run, images, average=False, top=3):
         except (ValueError, OSError, MemoryError) as error:
             fail(error)
         x = torch.tensor(pixels).permute(2, 0, 1)[None] / 255               # (1, 3, H, W)
-        shares = one.logits(x).softmax(1)[0]
+        shares = common.cards.finite(one.file, one.logits(x)).softmax(1)[0]
         best = shares.argsort(descending=True)[:top].tolist()
         likely = [(one.card["classes"][i], float(shares[i])) for i in best]
         found.append({"image": str(image), "class": likely[0][0], "probability": likely[0][1],
@@ -379,7 +379,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", type=a_path, metavar="DIR",
                         help="where the images lie; default: where they lay")
     parser.add_argument("--device", default="auto", **FLAGS["run"]["device"])
-    parser.add_argument("--out", type=a_path, metavar="FILE",
+    parser.add_argument("--out", type=a_file, metavar="FILE",
                         help="where to; default: look.html in the run's folder")
     args = parser.parse_args(argv)
     with guard(args):

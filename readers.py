@@ -316,11 +316,17 @@ def mapped(folder):
                 return None
         known = facts.get("version") == CACHE_VERSION
         small = sum(array.nbytes for array in arrays.values()) <= CHECKED
-        if (facts.get("sum", sum_of(facts)) != sum_of(facts)
-                or facts.get("labels", labels_key(arrays)) != labels_key(arrays)
+        if (facts["sum"] != sum_of(facts) or facts["labels"] != labels_key(arrays)
                 or small and key_of(arrays) != facts["key"]):
             return None
-    except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError):
+        numbers = facts["mean"] + facts["std"]
+        if not (len(facts["mean"]) == len(facts["std"]) == 3 and min(facts["std"]) > 0
+                and all(type(v) in (int, float) and -1e18 < v < 1e18 for v in numbers)
+                and {*map(type, facts["classes"])} == {str} and isinstance(facts["classes"], list)
+                and all(labels.min() >= 0 and labels.max() < len(facts["classes"]) for labels in (
+                    arrays["train_labels"], arrays["test_labels"]))):
+            return None
+    except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return None
     for array in arrays.values():
         if array.nbytes > memory() / 2:     # else each image would bring 128 kB of its neighbours

@@ -7,7 +7,7 @@
     python report.py readme                     # fill the README's tables from published/
     python report.py readme --check             # exit code 1 if the README is stale
 """
-from flags import RECIPES, Parser, a_path, fail, launch, plain, settings, words  # noqa: I001
+from flags import RECIPES, Parser, a_file, a_path, fail, launch, plain, settings, words  # noqa: I001
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ from compare import (
 )
 from plots import MOST_BYTES, draw_comparison, draw_details
 from recipes import DEFAULTS
-from runs import SUMS, plain_name, write_whole
+from runs import SUMS, plain_name, this_version, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -94,7 +94,8 @@ def build(recipe, results_dir="results"):
 def keep_beside(rows, path):
     """Take from an earlier report what rows say beside accuracy whose runs kept no outputs: those
     that are published did not. The runs have to be the same, and their test accuracies."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError,
+                             RecursionError, OverflowError):
         earlier = json.loads(path.read_text(encoding="utf-8"))
         for old in earlier["rows"]:
             row = rows.get(old["key"], {"beside": True})
@@ -231,13 +232,14 @@ def publish(flags):
     if flags.sweep:
         place = Path("sweeps", plain_name("--sweep", flags.sweep))
         target = Path(flags.results_dir) / "published" / place
-        if not (Path(flags.results_dir) / place / "sweep.md").exists():
+        made = [Path(flags.results_dir) / place / f"sweep.{kind}" for kind in ("md", "csv", "png")]
+        if not all(path.exists() for path in made):
             there = sorted(p.parent.name for p in Path(flags.results_dir).glob("sweeps/*/sweep.md"))
-            fail(f"--sweep {flags.sweep}: none below {flags.results_dir}/sweeps (there are: "
-                 f"{', '.join(there) or 'none'})")
+            fail(f"--sweep {flags.sweep}: none, or not whole, below {flags.results_dir}/sweeps "
+                 f"(there are: {', '.join(there) or 'none'}); the sweep's command makes it")
         target.mkdir(parents=True, exist_ok=True)
-        for file in ("sweep.md", "sweep.csv", "sweep.png"):
-            write_whole(target / file, (Path(flags.results_dir) / place / file).read_bytes())
+        for path in made:
+            write_whole(target / path.name, path.read_bytes())
         print(f"published in {target}")
         return {"sweep": flags.sweep}
     report = write(flags)
@@ -292,8 +294,12 @@ def _block(flags, kind, recipe):
         fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
     try:
         text = source.read_text(encoding="utf-8")
-        return text.strip() if kind == "sweep" else BLOCKS[kind](json.loads(text))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        known = text.strip() if kind == "sweep" else json.loads(text)
+        if isinstance(known, dict) and not this_version(known.get("schema", SCHEMA)):
+            fail(f"{flags.readme}: {source} is of another version of these scripts (schema "
+                 f"{known['schema']!r}, now {SCHEMA}); `make publish {what}={recipe}` writes it")
+        return known if kind == "sweep" else BLOCKS[kind](known)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
         fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
              f"`make {kind if kind in FILES else f'publish {what}={recipe}'}` makes it")
 
@@ -350,7 +356,7 @@ def parse(command, argv):
     parser.add_argument("--results-dir", type=a_path, default="results", metavar="DIR",
                         help="run folders are DIR/<recipe>/<run> (%(default)s)")
     if command == "readme":
-        parser.add_argument("--readme", type=a_path, default="README.md", metavar="FILE",
+        parser.add_argument("--readme", type=a_file, default="README.md", metavar="FILE",
                             help="(%(default)s)")
         parser.add_argument("--check", action="store_true", help="exit 1 if stale; write nothing")
     elif command != "html":

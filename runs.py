@@ -169,13 +169,13 @@ def short(value):
 
 def make_config(args, script, versions, **known):
     """Return what config.json holds: every resolved flag, and what else the result depends on."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--verify", "-q", "HEAD"], text=True,
-                                cwd=Path(__file__).parent, capture_output=True).stdout.strip()
-    except OSError:      # no git: copied by hand, or into a notebook
-        commit = None
+    commit = None
+    with contextlib.suppress(OSError):      # no git: copied by hand, or into a notebook
+        found = subprocess.run(["git", "rev-parse", "HEAD", "HEAD:./runs.py"], text=True,
+                               cwd=Path(__file__).parent, capture_output=True)
+        commit = None if found.returncode else found.stdout.split()[0]      # another project's
     return {"schema": SCHEMA, "script": script, **vars(args), **known, "versions": versions,
-            "git_commit": commit or None, "date": datetime.date.today().isoformat()}
+            "git_commit": commit, "date": datetime.date.today().isoformat()}
 
 
 def settings_of(config):
@@ -206,7 +206,7 @@ def hold(folder, how=fcntl.LOCK_EX):
             os.close(lock)
             raise
     except BlockingIOError:
-        fail(f"{folder}: another process is training here; wait for it, or give --run NAME")
+        fail(f"{folder}: another process trains here; wait, or give --run NAME (a sweep: --name)")
     except OSError as error:
         fail(f"{folder}: cannot be read ({error.strerror}); give another --results-dir")
     return lock
@@ -234,7 +234,7 @@ def open_run(args, config, name, held=False):
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
     if not held:        # shared: all processes of one run look at the same time
         release(folder, hold(folder, fcntl.LOCK_SH))
-    ways = "add --overwrite (make: OVERWRITE=1) to run it again, or --run NAME to keep both"
+    ways = "add --overwrite (make: OVERWRITE=1), or keep both by --run NAME (a sweep: --name)"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
         had = read_json(folder / "config.json")     # a flag that is newer had its default

@@ -125,6 +125,21 @@ def test_an_odd_config_is_named_where_a_run_goes_on(easy, copy, capsys, changed)
 
 
 @pytest.mark.parametrize("changed", [
+    dict(val_accuracy=5.0), dict(val_accuracy=1), dict(val_accuracy=-1.0), dict(seconds=-1e300),
+    dict(train_accuracy=10**400), dict(train_loss=10**400)])
+def test_a_history_that_cannot_be_is_not_gone_on_from(easy, copy, capsys, changed):
+    """Its report would refuse the run, after hours of training."""
+    for name in ("final.json", runs.SUMS):
+        (copy / name).unlink()
+    state = tiny.load(copy / "checkpoint.pt")
+    state["history"][0] |= changed
+    common.save_checkpoint(copy / "checkpoint.pt", state)
+    words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
+    tiny.refused(capsys, train_student, words, copy / "checkpoint.pt",
+                 f"of {next(iter(changed))} in epoch 1")
+
+
+@pytest.mark.parametrize("changed", [
     dict(epochs=9), dict(arch="digits-teacher"), None, dict(epochs=2.0), dict(schema=True),
     dict(schema=0), dict(test_accuracy="x"), dict(test_accuracy=1), dict(test_accuracy=5.0)])
 def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):

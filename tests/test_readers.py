@@ -1,4 +1,5 @@
 """The folder reader on images that the test writes: modes, sizes, links, and the arrays kept."""
+import json
 import mmap
 import os
 import shutil
@@ -303,6 +304,24 @@ def test_damaged_arrays_are_made_again(folder, name, damage, capsys):
     assert "made anew" in capsys.readouterr().out
     load(folder)
     assert "made anew" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("harm", [
+    dict(classes=5), dict(classes=["a"]), dict(classes=[["a"], ["b"]]), dict(mean="abc"),
+    dict(mean=[float("nan")] * 3), dict(mean=[0.5, 0.5]), dict(mean=[10**400, 0.5, 0.5]),
+    dict(std=[0, 0, 0]), "[" * 10**5])
+def test_facts_of_arrays_that_cannot_be_are_made_again(folder, harm, capsys):
+    """Also where they fit their own checksum, as whoever changed them may write a new one."""
+    before = load(folder)
+    path = folder / ".arrays" / kept(folder)[0] / "meta.json"
+    facts = json.loads(path.read_text())
+    if isinstance(harm, dict):
+        harm = facts | harm
+        harm = json.dumps(harm | dict(sum=readers.sum_of(harm)))
+    path.write_text(harm)
+    after = load(folder)
+    assert (after.mean, after.std, after.classes) == (before.mean, before.std, before.classes)
+    assert "made anew" in capsys.readouterr().out and json.loads(path.read_text()) == facts
 
 
 def test_what_a_killed_process_had_begun_to_write_is_removed(folder, capsys):

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 
+import cards
 import common
 import data
 import distill
@@ -97,6 +98,7 @@ LIES = {
     "sparse weights": (weights(HEAD, torch.zeros(4, 64).to_sparse()), "no plain tensor"),
     "complex weights": (weights(HEAD, torch.zeros(4, 64) * 1j), "no plain tensor"),
     "NaN": (weights(HEAD, torch.full((4, 64), float("nan"))), f"{HEAD} holds values that are not"),
+    "whole numbers": (weights(HEAD, torch.zeros(4, 64, dtype=torch.int64)), "no plain tensor"),
     "inf": (weights(HEAD, torch.full((4, 64), float("inf"))), f"{HEAD} holds values that are not"),
 }
 
@@ -111,6 +113,48 @@ def test_a_card_that_lies_is_refused_in_a_line(card, tmp_path, capsys, lie):
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and len(line) < 600
     assert part in line, line
+
+
+def test_no_class_is_said_where_outputs_are_not_finite(chain, easy, tmp_path, capsys):
+    """Finite weights, but 1e20 times as large: argmax would say the first class of every image."""
+    run = shutil.copytree(chain[0] / "digits" / "student-s0", tmp_path / "huge")
+    (run / runs.SUMS).unlink()
+    card = tiny.load(run / "best.pt")
+    common.save_checkpoint(run / "best.pt", card | dict(
+        model={name: value * 1e20 for name, value in card["model"].items()}))
+    capsys.readouterr()
+    for words in (["predict", run, easy / "test/red/0.png"], [run]):
+        tiny.refused(capsys, look, words, run / "best.pt", "not finite")
+    assert not (run / "look.html").exists()
+    for flags in ((), ("--views", 1)):
+        words = tiny.words(easy, tmp_path / "results", "--teacher", run / "best.pt", *flags)
+        tiny.refused(capsys, distill, words, f"--teacher {run / 'best.pt'}", "not finite")
+
+
+def test_a_variance_below_zero_is_none():
+    network = models.build("digits-student", 4, (3, 16, 16), norm="batch")
+    wanted = network.state_dict()
+    name = next(name for name in wanted if name.endswith("running_var"))
+    assert cards.unfit(wanted, wanted) is None
+    assert name in cards.unfit(wanted | {name: wanted[name] - 2}, wanted)
+
+
+@pytest.mark.parametrize("out", [".", "./", "/", "/dev/null", "new/", "folder"])
+def test_what_is_no_file_is_not_written_over(chain, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    device = os.stat("/dev/null")
+    tiny.refused(capsys, look, [chain[0] / "digits" / "student-s0", "--out", out], "--out", "file")
+    tiny.refused(capsys, data, ["--show", 2, "--out", out], "--out", "file")
+    assert os.stat("/dev/null").st_mode == device.st_mode and not any(Path("folder").iterdir())
+    os.mkfifo("pipe")
+    tiny.refused(capsys, look, ["predict", chain[0] / "digits" / "student-s0", "pipe"], "pipe")
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "link.png").symlink_to("picture.png")
+    data.main(["--show", "2", "--out", str(tmp_path / "link.png")])
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "picture.png").stat().st_size > 99
 
 
 def test_the_card_is_good_as_it_is(card, tmp_path):
@@ -331,6 +375,32 @@ def test_a_run_of_another_schema_is_not_reported(tmp_path, capsys, file):
     tiny.refused(capsys, report, ["--results-dir", tmp_path], folder / file,
                  f"schema {runs.SCHEMA + 1}", f"now {runs.SCHEMA}")
     assert not (tmp_path / "digits" / "report.md").exists()
+
+
+@pytest.mark.parametrize("text, part", [
+    ('{"schema": 7, "rows": []}', "schema 7, now 1"), ("[" * 10**5, "RecursionError"),
+    ('{"schema": 1, "rows": [{"parameters": {"mean": %s}}]}' % ("1" * 400), "make publish")])
+def test_a_published_report_that_is_not_of_ours_is_named(tmp_path, capsys, text, part):
+    place = tmp_path / "published" / "digits" / "report.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(text)
+    (tmp_path / "README.md").write_text("<!-- table:digits -->\n<!-- /table -->\n")
+    tiny.refused(capsys, report, ["readme", "--results-dir", tmp_path, "--readme",
+                                  tmp_path / "README.md"], place, part)
+
+
+def test_a_commit_is_that_of_these_scripts_or_none(easy, tmp_path):
+    """Copied into a folder of another project."""
+    house = tmp_path / "other" / "tutor"
+    house.mkdir(parents=True)
+    for path in HOUSE.glob("*.py"):
+        shutil.copy(path, house)
+    for words in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q",
+                                   "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=house.parent, check=True)
+    code = "import runs, types; print(runs.make_config(types.SimpleNamespace(), '', {}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=house, text=True, capture_output=True)
+    assert "'git_commit': None" in done.stdout, done
 
 
 def test_a_run_from_before_there_were_some_flags_and_figures_is_reported(tmp_path):
