@@ -37,6 +37,7 @@ OTHER_COLOURS = ("#7F7F7F", "#E69F00", "#8C564B", "#4D4D9F", "#A0A000", "#117733
 OTHER_LINES = ((0, (8, 2)), (0, (4, 1, 1, 1)), (0, (2, 1)), (0, (8, 2, 1, 2, 1, 2)))
 TEXT = 10  # points, in figures 10 inches wide: 5 points where a page is 5 inches wide
 MOST_BYTES = 200_000
+MOST_LINES = 8  # in one panel
 
 
 def style(key, number=0):
@@ -90,7 +91,8 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     """Draw all runs of a recipe: accuracy and loss over epochs, and the final test accuracies.
 
     rows: of runs.make_rows; runs: of runs.read_runs; path: the PNG to write; chance: as above.
-    Several seeds: the line is their mean, the band goes from the lowest to the highest.
+    Several seeds: the line is their mean, the band goes from the lowest to the highest. Of many
+    rows only those of a recipe's own chain get a line.
     """
     histories = {run["name"]: run["history"] for run in runs}
     rows = [{**row, "histories": [histories[name] for name in row["runs"]]} for row in rows]
@@ -100,12 +102,16 @@ def draw_comparison(rows, runs, path, title="", chance=None):
     panels = figure.subplot_mosaic([["accuracy", "test"], ["loss", "test"]],
                                    width_ratios=(1.15, 1), height_ratios=(1.9, 1))
     seen, highest, lowest = 0, [], []
+    own = {row["key"] for row in rows if row["key"] in STYLES or len(rows) <= MOST_LINES}
+    own = own or {row["key"] for row in rows[:MOST_LINES]}
     lengths = [len(history) for row in rows for history in row["histories"]]
     apart = max(lengths) > 3 * min(lengths)     # else the shorter run's curve would be a streak
     for row in rows:
         row["whole"] = 100 / max(map(len, row["histories"])) if apart else 1
         row["colour"], row["line"] = style(row["key"], seen)
         seen += row["key"] not in STYLES
+        if row["key"] not in own:
+            continue
         if not row["prefix"]:  # an average is not trained: its student's line stands for both
             lowest += _mean_line(panels["accuracy"], row, "train_accuracy", 100, faint=True)[:1]
         lowest += _mean_line(panels["accuracy"], row, f"{row['prefix']}val_accuracy", 100)[:1]
@@ -128,7 +134,7 @@ def draw_comparison(rows, runs, path, title="", chance=None):
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False,
                       fontsize=TEXT, handlelength=4.5)
     if title:
-        figure.suptitle(title, fontsize=TEXT + 2)
+        figure.suptitle(title + " (lines: some rows)" * (len(own) < len(rows)), fontsize=TEXT + 2)
     save(figure, path)
 
 

@@ -234,11 +234,6 @@ def markdown_soak(found):
     return "\n\n".join([killed, *[kept] * bool(held), "<br>\n".join(made)])
 
 
-def listed(*header):
-    """Return what puts a list of a published JSON file under a header, as Markdown."""
-    return lambda found: pipes(header, [list(one.values()) for one in found])
-
-
 def markdown(report):
     """report.md."""
     keys = [row["key"] for row in report["rows"] if row["key"] in ROWS]
@@ -389,11 +384,13 @@ def frame(title, body):
             f"<h1>{title}</h1>{body}</body></html>\n")
 
 
-def html_page(root, reports, sweeps):
-    """Return report.html of a results folder: the reports of its recipes, then its sweeps."""
-    names = [found["recipe"] for found in reports] + ["sweeps"] * bool(sweeps)
+def html_page(root, reports, sweeps, lists):
+    """Return report.html of a results folder: the reports of its recipes, its sweeps, and lists,
+    name -> (header, lines)."""
+    names = [*(found["recipe"] for found in reports), *["sweeps"] * bool(sweeps), *lists]
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
     body = [recipe_section(root / found["recipe"], found) for found in reports]
     if sweeps:
         body += ['<h2 id="sweeps">Sweeps</h2>', *map(sweep_section, sweeps)]
+    body += [f'<h2 id="{name}">{name.capitalize()}</h2>{table(*lists[name])}' for name in lists]
     return frame("Tutor: results", f"<nav>{links}</nav>" + "\n".join(body))

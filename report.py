@@ -191,15 +191,21 @@ def _notes(groups, rows, made, no_gap, silent):
     return [note for applies, note in notes if applies]
 
 
+LISTS = {"claims": ("report", "claim", "printed", "measured here", "verdict"),
+         "advice": ("choice", "advice", "points of test accuracy, measured here")}
 # Markers of the README.
 BLOCKS = {"table": render.markdown_table, "comparisons": render.markdown_comparisons,
           "commands": render.markdown_commands, "bench": render.markdown_bench,
-          "claims": render.listed("report", "claim", "printed", "measured here", "verdict"),
+          "claims": lambda found: render.pipes(LISTS["claims"], listed(found)),
+          "advice": lambda found: render.pipes(LISTS["advice"], listed(found)),
           "beside": lambda report: render.pipes(render.BESIDE, render.beside(report)),
-          "advice": render.listed("choice", "advice", "points of test accuracy, measured here"),
           "soak": render.markdown_soak, "sweep": None}
 # ... of which these have a file of their own; the others are in <recipe>/report.json.
 FILES = {kind: f"{kind}.json" for kind in ("bench", "claims", "advice", "soak")}
+
+
+def listed(found):
+    return [[str(cell) for cell in one.values()] for one in found]
 
 
 # ---------------------------------------------------------------- commands
@@ -322,7 +328,16 @@ def page(args):
     sweeps = [path.parent for path in sorted(root.glob("sweeps/*/sweep.md"))]
     if not reports and not sweeps:
         fail(f"no finished run below {root}: make all trains those of the digits")
-    text = render.html_page(root, reports, sweeps)
+    lists = {}
+    for path in (root / FILES[kind] for kind in LISTS):
+        if path.is_file():
+            lines, header = [], LISTS[path.stem]
+            with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+                lines = listed(json.loads(path.read_text(encoding="utf-8")))
+            if {*map(len, lines)} != {len(header)}:
+                fail(f"{path}: cut short or damaged; `make claims` writes it")
+            lists[path.stem] = header, lines
+    text = render.html_page(root, reports, sweeps, lists)
     write_whole(root / "report.html", text.encode(errors="backslashreplace"))
     print(f"page     {root / 'report.html'}, {len(text) / 1e6:.1f} MB")
     return {"page": str(root / "report.html"), "recipes": [found["recipe"] for found in reports],

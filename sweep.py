@@ -268,7 +268,13 @@ def terminal(names, rows, best):
         lines.append([*(title(row[name]) for name in names),
                       *(percent(row[figure]) for figure in shown), percent(row["above_first"], "+"),
                       mark(row, best).removesuffix(" by validation")])
-    return f"{aligned(lines)}\n\n{textwrap.fill(NOTE, 80)}"
+    if sum(max(map(len, column)) + 1 for column in zip(*lines, strict=True)) > 81:
+        settings = [", ".join(line[:len(names)]) for line in lines]     # on lines of their own
+        text = aligned([["", *line[len(names):]] for line in lines]).splitlines()
+        text = "\n".join(f"{a}\n {b}" for a, b in zip(settings, text, strict=True))
+    else:
+        text = aligned(lines)
+    return f"{text}\n\n{textwrap.fill(NOTE, 80)}"
 
 
 def about(folders, script, words):

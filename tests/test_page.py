@@ -108,5 +108,17 @@ def test_what_is_published_says_what_its_outputs_said(tmp_path, read):
             {}, whole[0]["beside"]), new
 
 
+def test_claims_and_advice_are_shown(tmp_path, read, capsys):
+    fake_runs.make_run(tmp_path, "kd-s0", 0, 73)
+    (tmp_path / "advice.json").write_text(
+        '[{"choice": "T", "advice": "<b>high", "measured": "8 - 1: +1"}]')
+    page = read()
+    assert "<b>high" in page.text and "b" not in page.tags and "Claims" not in page.text
+    for text in ("[{}]", "[1]", "{", "[" * 10**5, "[]"):
+        (tmp_path / "advice.json").write_text(text)
+        tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], "advice.json",
+                     "make claims")
+
+
 def test_nothing_to_show(tmp_path, capsys):
     tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], tmp_path, "make all")

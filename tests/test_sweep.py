@@ -11,7 +11,7 @@ import plots
 import report
 import runs
 import train_teacher
-from sweep import mark
+from sweep import mark, terminal
 
 
 def sweep(easy, results, *own, script="distill.py", flags=(), epochs=2):
@@ -178,6 +178,20 @@ def test_a_row_that_cannot_be_ranked(easy, tmp_path, capsys):
     said = capsys.readouterr()
     assert "not finite" in said.out and "error: " in said.err
     assert max(map(len, said.out[said.out.rindex("\nlr"):].splitlines()[:8])) <= 80
+
+
+def test_many_settings_are_told_apart_in_80_columns(capsys):
+    row = dict(val_accuracy=(0.5, 0.4, 0.6), test_accuracy=(0.5, 0.4, 0.6), failed=[], silent=[],
+               ema_test_accuracy=(0.5, 0.4, 0.6), above_first=None, seeds=[0, 1])
+    names = ("alpha", "temperature", "ema-decay", "batch-size")
+    rows = [row | dict(zip(names, (alpha, "4", "0.97", "128"), strict=True)) for alpha in "01"]
+    lines = terminal(names, rows, rows[1]).splitlines()
+    assert max(map(len, lines)) <= 80
+    for setting in (", ".join(names), "0, 4, 0.97, 128", "1, 4, 0.97, 128"):
+        assert lines.count(setting) == 1
+    assert sum("50.00 ± 10.00" in line for line in lines) == 2
+    few = terminal(names[:1], rows, rows[1]).splitlines()
+    assert few[0].split()[0] == "alpha" and few[1].split()[0] == "0"
 
 
 def test_the_recipe_says_whether_a_teacher_is_needed(easy, tmp_path):
