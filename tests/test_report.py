@@ -435,6 +435,22 @@ def test_a_comparison_has_room_for_what_lies_close_together(monkeypatch, third, 
     assert [text.get_text() for text in axes.texts] == [said]
 
 
+@pytest.mark.parametrize("more, lines", [(6, 8), (7, 2)])
+def test_of_many_rows_only_the_chains_have_lines(monkeypatch, more, lines):
+    keys = ["teacher", "student", *(f"try{i}" for i in range(more))]
+    runs = [dict(name=f"{key}-s0", history=[
+        dict(epoch=e, train_accuracy=0.5, val_accuracy=0.5, val_loss=1.0) for e in (1, 2)])
+        for key in keys]
+    rows = [dict(key=key, label=key, prefix="", runs=[f"{key}-s0"], seeds=[0], learned=True,
+                 test_accuracy=dict(values=[0.5])) for key in keys]
+    monkeypatch.setattr(plots, "save", lambda figure, path: path.append(figure))
+    plots.draw_comparison(rows, runs, found := [], "x")
+    (loss,) = (axes for axes in found[0].axes if "loss" in axes.get_ylabel())
+    (test,) = (axes for axes in found[0].axes if "test accuracy" in axes.get_xlabel())
+    assert len(loss.lines) == lines and len(test.get_yticks()) == len(keys)
+    assert ("some rows" in found[0].get_suptitle()) is (lines < len(keys))
+
+
 def test_lines_of_a_picture_can_be_told_apart():
     styles = [plots.style(key, 0) for key in compare.ROWS]
     styles += [plots.style("another", number) for number in range(10)]
