@@ -258,7 +258,7 @@ def advice(known):
          + [above(f"T {t} - α 0:", swept("distill-temperature")[t], swept("distill-alpha")["0"])
             for t in ("4", "8")]),
         ("α, the teacher's weight", "Anything from 0.3 to 1: on the digits none was told from the "
-         "labels alone, and of these ten pairs one from each other, 0.7 above 0.3 (with the "
+         "labels alone, and of these ten pairs one was told apart, 0.7 above 0.3 (with the "
          "teachers of an earlier sweep another, 1 above 0.7: of ten pairs one may differ by "
          "chance). 0.8, 0.9 and 1 are better than the labels alone on CIFAR-10. α = 1 (kd-only) "
          "reads no labels at all.",
