@@ -106,8 +106,8 @@ def unsound(state, settings, networks, optimizer, epochs):
             return f"has no row of metrics for epoch {number}"
         for key, value in row.items():
             known = history[0][key] is not None or not ("val_" in key and value is None)
-            fine = type(value) in (int, float) and -1e18 < value < 1e18 and (
-                value >= 0 or not key.endswith(("loss", "seconds", "second", "lr")))
+            fine = (0 <= value < 1e18 if key == "seconds" else math.isfinite(value)) if (
+                type(value) is float) else type(value) is int and abs(value) < 10**18
             if known and not (is_accuracy(value) if key.endswith("accuracy") else fine):
                 return f"says {reprlib.repr(value)} of {key} in epoch {number}"
     for what in ("networks", "best"):

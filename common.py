@@ -251,8 +251,10 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
-        size = sum(p.detach().float().norm() for p in model.parameters()).item()
-        for what, value in (("norm of the weights", size), ("validation loss", row["val_loss"])):
+        # BatchNorm's statistics, too: of what is not finite there the output may be.
+        size = sum(value.float().norm() for value in model.state_dict().values()).item()
+        for what, value in (("norm of the weights", size), ("validation loss", row["val_loss"]),
+                            ("average's validation loss", row["ema_val_loss"])):
             stop_unless_finite(args, [value or 0.0], norms, model, epoch, steps, folder, what)
         row |= dict(lr=lr, seconds=time.perf_counter() - started,
                     images_per_second=steps * train.step_size / trained)
@@ -354,9 +356,10 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         tested["recomputed"] = evaluate(average, test, args.precision)
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
-    if not math.isfinite(tested["model"]["loss"]):
-        fail(f"{folder}: the loss on test is {tested['model']['loss']}; try a lower --lr, --clip 1 "
-             "or --precision fp32", code=3)
+    for name, found in tested.items():
+        if not math.isfinite(found.get("loss", 0.0)):
+            fail(f"{folder}: the loss of the {name} on test is {found['loss']}; try a lower --lr, "
+                 "--clip 1 or --precision fp32", code=3)
     right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
     seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)

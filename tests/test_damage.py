@@ -140,6 +140,20 @@ def test_a_history_that_cannot_be_is_not_gone_on_from(easy, copy, capsys, change
 
 
 @pytest.mark.parametrize("changed", [
+    dict(train_loss=-0.0165), dict(train_loss=6.9e27), dict(lr=9.9e19)])
+def test_a_history_that_a_run_may_have_is_gone_on_from(easy, copy, changed):
+    """T²·KL may round below 0, and --lr be anything up to 1e30."""
+    for name in ("final.json", runs.SUMS):
+        (copy / name).unlink()
+    state = tiny.load(copy / "checkpoint.pt")
+    state["history"][0] |= changed
+    common.save_checkpoint(copy / "checkpoint.pt", state)
+    tiny.run(train_student, easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
+    assert report.read_runs(copy.parent)[0][0]["history"][0] | changed == (
+        report.read_runs(copy.parent)[0][0]["history"][0])
+
+
+@pytest.mark.parametrize("changed", [
     dict(epochs=9), dict(arch="digits-teacher"), None, dict(epochs=2.0), dict(schema=True),
     dict(schema=0), dict(test_accuracy="x"), dict(test_accuracy=1), dict(test_accuracy=5.0)])
 def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
@@ -516,8 +530,36 @@ def test_a_loss_on_test_that_is_not_finite_is_no_result(easy, tmp_path, capsys, 
 
     monkeypatch.setattr(common, "evaluate", evaluate)
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path),
-                 "the loss on test is inf", "--lr", code=3)
+                 "the loss of the model on test is inf", "--lr", code=3)
     assert not (tmp_path / RUN / "final.json").exists()
+
+
+@pytest.mark.parametrize("images, said", [
+    (40, "the average's validation loss is nan at epoch 1"), (80, "the loss of the ema on test")])
+def test_an_average_whose_loss_is_not_finite_is_no_result(easy, tmp_path, capsys, monkeypatch,
+                                                          images, said):
+    def evaluate(model, batches, *rest, whole=common.evaluate):
+        average = not next(model.parameters()).requires_grad
+        found = whole(model, batches, *rest)
+        return found | dict(loss=float("nan")) if average and len(batches) == images else found
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--ema-decay", 0.9), said,
+                 "--lr", code=3)
+    assert not (tmp_path / RUN / "final.json").exists()
+
+
+def test_statistics_that_are_not_finite_are_not_kept(easy, tmp_path, capsys, monkeypatch):
+    """Of BatchNorm: what is divided by them is finite, and its best.pt would be refused."""
+    def spoiled(args, model, *rest, whole=common.train_epoch):
+        found = whole(args, model, *rest)
+        if rest[4]:         # updates before this epoch
+            dict(model.named_buffers())["features.1.running_var"].fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(common, "train_epoch", spoiled)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--norm", "batch"),
+                 "the norm of the weights is inf at epoch 2", "epoch 1 is kept", code=3)
 
 
 class Fixed(torch.nn.Module):
