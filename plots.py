@@ -134,7 +134,8 @@ def draw_comparison(rows, runs, path, title="", chance=None):
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False,
                       fontsize=TEXT, handlelength=4.5)
     if title:
-        figure.suptitle(title + " (lines: some rows)" * (len(own) < len(rows)), fontsize=TEXT + 2)
+        some = " (lines: the recipe's own rows)" * (len(own) < len(rows))
+        figure.suptitle(title + some, fontsize=TEXT + 2)
     save(figure, path)
 
 

@@ -277,7 +277,7 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
-.words { white-space: normal; text-align: left; min-width: 6rem; }
+.words { white-space: normal; text-align: left; min-width: 6rem; } .long { min-width: 15rem; }
 img { max-width: 100%; height: auto; background: #fff; padding: .3rem; border-radius: 4px; }
 .runs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
 @media screen and (max-width: 42rem) { .lesser { display: none; } body { padding: .5rem; }
@@ -299,8 +299,11 @@ figure { margin: 0; } figcaption, .notes { font-size: .85rem; opacity: .85; }
 
 def table(header, lines, lesser=()):
     """Return a table of text; columns of lesser are left out on a narrow screen."""
-    marks = [" class=words" if name in WORDS else " class=lesser" if name in lesser else ""
-             for name in header]
+    lines = [list(line) for line in lines]
+    long = {name for name, *cells in zip(header, *lines, strict=True)
+            if max(map(len, cells), default=0) > 120}
+    marks = [f" class='words{' long' * (name in long)}'" if name in WORDS else
+             " class=lesser" if name in lesser else "" for name in header]
 
     def cells(kind, line):
         return "".join(f"<{kind}{mark}>{html.escape(cell)}</{kind}>"

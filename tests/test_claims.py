@@ -102,10 +102,16 @@ def test_the_published_advice_is_that_of_the_published_runs():
 
 def test_of_ten_pairs_of_alpha_one_is_told():
     rows = claims.swept("distill-alpha")
-    pairs = itertools.combinations(("0.3", "0.5", "0.7", "0.9", "1"), 2)
+    pairs = itertools.combinations(("0.1", "0.3", "0.5", "0.7", "0.9", "1"), 2)
     told = [(a, b) for a, b in pairs if claims.above("", rows[a], rows[b])[1] != "cannot tell"]
-    assert told == [("0.3", "0.7")]
+    assert told == [("0.1", "0.7"), ("0.3", "0.7")]
     assert all(claims.above("", rows[a], rows["0"])[1] == "cannot tell" for a in rows if a != "0")
+
+
+def test_no_pair_of_temperatures_is_told():
+    rows, alone = claims.swept("distill-temperature"), claims.swept("distill-alpha")["0"]
+    pairs = [*itertools.combinations(rows.values(), 2), *((row, alone) for row in rows.values())]
+    assert len(pairs) == 15 and {claims.above("", *pair)[1] for pair in pairs} == {"cannot tell"}
 
 
 def test_no_advice_rests_on_a_network_that_did_not_learn():

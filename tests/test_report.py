@@ -448,7 +448,7 @@ def test_of_many_rows_only_the_chains_have_lines(monkeypatch, more, lines):
     (loss,) = (axes for axes in found[0].axes if "loss" in axes.get_ylabel())
     (test,) = (axes for axes in found[0].axes if "test accuracy" in axes.get_xlabel())
     assert len(loss.lines) == lines and len(test.get_yticks()) == len(keys)
-    assert ("some rows" in found[0].get_suptitle()) is (lines < len(keys))
+    assert ("own rows" in found[0].get_suptitle()) is (lines < len(keys))
 
 
 def test_lines_of_a_picture_can_be_told_apart():
