@@ -357,7 +357,7 @@ def score(args, folder, networks, best, history, splits, facts, limit):
         if len(val):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
     for name, found in tested.items():
-        if not math.isfinite(found.get("loss", 0.0)):
+        if found and not math.isfinite(found["loss"]):
             fail(f"{folder}: the loss of the {name} on test is {found['loss']}; try a lower --lr, "
                  "--clip 1 or --precision fp32", code=3)
     right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
