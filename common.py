@@ -251,9 +251,10 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
             known = name in networks and len(val)
             found = evaluate(networks[name], val, args.precision) if known else {}
             row |= {f"{column}_{key}": found.get(key) for key in ("loss", "accuracy")}
-        # BatchNorm's statistics, too: of what is not finite there the output may be.
-        size = sum(value.float().norm() for value in model.state_dict().values()).item()
-        for what, value in (("norm of the weights", size), ("validation loss", row["val_loss"]),
+        size = sum(p.detach().float().norm() for p in model.parameters()).item()
+        spoiled = float(sum((b - b).sum() for b in model.buffers()))     # what is finite is 0 here
+        for what, value in (("norm of the weights", size), ("running variance", spoiled),
+                            ("validation loss", row["val_loss"]),
                             ("average's validation loss", row["ema_val_loss"])):
             stop_unless_finite(args, [value or 0.0], norms, model, epoch, steps, folder, what)
         row |= dict(lr=lr, seconds=time.perf_counter() - started,

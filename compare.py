@@ -279,7 +279,7 @@ def verdict(low, high, learned=True):
     """helps, hurts, cannot tell (no interval, 0 in it, no width), no conclusion (not learned)."""
     if not learned:
         return "no conclusion"
-    if low is None or low <= 0 <= high or high - low < 1e-9:
+    if low is None or low <= 0 <= high or np.isclose(low, high):
         return "cannot tell"
     return "helps" if low > 0 else "hurts"
 

@@ -559,7 +559,18 @@ def test_statistics_that_are_not_finite_are_not_kept(easy, tmp_path, capsys, mon
 
     monkeypatch.setattr(common, "train_epoch", spoiled)
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--norm", "batch"),
-                 "the norm of the weights is inf at epoch 2", "epoch 1 is kept", code=3)
+                 "the running variance is nan at epoch 2", "epoch 1 is kept", code=3)
+
+
+def test_large_statistics_stop_nothing(easy, tmp_path, monkeypatch):
+    """Their square would not be finite in float32."""
+    def large(args, model, *rest, whole=common.train_epoch):
+        found = whole(args, model, *rest)
+        dict(model.named_buffers())["features.1.running_var"].fill_(1e30)
+        return found
+
+    monkeypatch.setattr(common, "train_epoch", large)
+    assert tiny.run(train_student, easy, tmp_path, "--norm", "batch")["epochs"] == 2
 
 
 class Fixed(torch.nn.Module):
