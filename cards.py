@@ -88,6 +88,15 @@ def finite(file, logits):
     return logits
 
 
+def could_be(key, value):
+    """Return whether a run may have written this value of a metric."""
+    if key.endswith("accuracy"):
+        return is_accuracy(value)
+    number = type(value) is float and math.isfinite(value) or (
+        type(value) is int and abs(value) < 10**18)
+    return number and (key != "seconds" or 0 <= value < 1e18)
+
+
 def unsound(state, settings, networks, optimizer, epochs):
     """Return what is wrong with a checkpoint for the run that is to go on from it, or None.
 
@@ -106,9 +115,7 @@ def unsound(state, settings, networks, optimizer, epochs):
             return f"has no row of metrics for epoch {number}"
         for key, value in row.items():
             known = history[0][key] is not None or not ("val_" in key and value is None)
-            fine = (0 <= value < 1e18 if key == "seconds" else math.isfinite(value)) if (
-                type(value) is float) else type(value) is int and abs(value) < 10**18
-            if known and not (is_accuracy(value) if key.endswith("accuracy") else fine):
+            if known and not could_be(key, value):
                 return f"says {reprlib.repr(value)} of {key} in epoch {number}"
     for what in ("networks", "best"):
         for name, network in networks.items():

@@ -301,6 +301,16 @@ def sum_of(facts):
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
+def could_be(facts, arrays):
+    """Return whether what is said of arrays makes sense, whose sum may be as new as a change."""
+    mean, std, classes = facts["mean"], facts["std"], facts["classes"]
+    return (len(mean) == len(std) == 3 and min(std) > 0
+            and all(type(v) in (int, float) and -1e18 < v < 1e18 for v in mean + std)
+            and isinstance(classes, list) and {*map(type, classes)} == {str}
+            and all(labels.min() >= 0 and labels.max() < len(classes) for labels in (
+                arrays["train_labels"], arrays["test_labels"])))
+
+
 def mapped(folder):
     """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None: they are not
     there, of another version, or, if they are not too large to look at, not as they were written.
@@ -317,14 +327,7 @@ def mapped(folder):
         known = facts.get("version") == CACHE_VERSION
         small = sum(array.nbytes for array in arrays.values()) <= CHECKED
         if (facts["sum"] != sum_of(facts) or facts["labels"] != labels_key(arrays)
-                or small and key_of(arrays) != facts["key"]):
-            return None
-        numbers = facts["mean"] + facts["std"]
-        if not (len(facts["mean"]) == len(facts["std"]) == 3 and min(facts["std"]) > 0
-                and all(type(v) in (int, float) and -1e18 < v < 1e18 for v in numbers)
-                and {*map(type, facts["classes"])} == {str} and isinstance(facts["classes"], list)
-                and all(labels.min() >= 0 and labels.max() < len(facts["classes"]) for labels in (
-                    arrays["train_labels"], arrays["test_labels"]))):
+                or small and key_of(arrays) != facts["key"] or not could_be(facts, arrays)):
             return None
     except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
         return None
