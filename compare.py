@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import numpy as np
 
 from flags import fail, plain
-from runs import FACTS, FREE, METRICS, SCHEMA, altered, is_accuracy, teacher_of, this_version
+from runs import FACTS, FREE, METRICS, altered, is_accuracy, refuse_version, teacher_of
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -90,9 +90,7 @@ def read_run(folder):
     except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
         fail(f"{path}: missing or cut short ({error}); {way_out}")
     for path, known in facts.items():
-        if not this_version(known.get("schema", SCHEMA)):
-            fail(f"{path}: written by another version of these scripts (schema "
-                 f"{known['schema']!r}, now {SCHEMA}); {way_out}")
+        refuse_version(path, known, way_out)
     config, final = facts.values()
     scores = [key for key in final if key.endswith("accuracy")]
     for key in (*NUMBERS, "recipe", "learned", "device", "precision", "torch", *scores):

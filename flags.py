@@ -237,6 +237,15 @@ def a_file(text):
     return path if os.path.islink(text) else text
 
 
+def plain_name(flag, name):
+    """Return a typed name, which must be one of a folder, anywhere; else leave with one line."""
+    if (not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable()
+            or len(name.encode()) > 200):       # 255 on most file systems, .part and all
+        fail(f"{flag} {name!r}: a plain folder name is needed, without slashes or a dot in front, "
+             "of at most 200 bytes")
+    return name
+
+
 def four_numbers(text):
     """argparse type of --noise: two probabilities, a strength, a share."""
     try:

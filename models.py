@@ -6,7 +6,6 @@
 
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
-import reprlib
 import warnings
 
 import torch
@@ -17,7 +16,7 @@ import device
 from cards import weights_sha256  # noqa: F401  the scripts take it from here
 from common import load_checkpoint
 from flags import fail
-from runs import SCHEMA, this_version
+from runs import refuse_version
 
 # A line a network. channels, kernels, paddings: a number for each conv, all of stride 1. pools:
 # the convs, counted from 1, that a 2×2 pool with stride 2 follows. hidden: widths of the fully
@@ -189,10 +188,7 @@ def load(path, average=False):
         card = load_checkpoint(path)
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
-    schema = card.get("schema")
-    if not this_version(schema):
-        fail(f"{path}: written by another version of these scripts (schema {reprlib.repr(schema)}, "
-             f"now {SCHEMA}); train it again")
+    refuse_version(path, card, "train it again")
     weights = card.get("ema") if average else card["model"]
     if average and weights is None:
         fail(f"{path}: holds no average: the run had --ema-decay 0")

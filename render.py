@@ -9,6 +9,7 @@ from PIL import Image
 
 from compare import ROWS, label
 from flags import fail
+from runs import short
 
 COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
     "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
@@ -230,7 +231,7 @@ def markdown_soak(found):
                                           for what in ("files", "threads"))] for row in held])
     made = sorted({f"{row['machine']['machine']}, {row['machine']['threads']} thread(s), torch "
                    f"{row['machine']['torch']}, {row['machine']['date']}, commit "
-                   f"{str(row['machine']['commit'])[:12]}" for row in rows})
+                   f"{short(row['machine']['commit'])}" for row in rows})
     return "\n\n".join([killed, *[kept] * bool(held), "<br>\n".join(made)])
 
 

@@ -7,7 +7,7 @@
     python report.py readme                     # fill the README's tables from published/
     python report.py readme --check             # exit code 1 if the README is stale
 """
-from flags import RECIPES, Parser, a_file, a_path, fail, launch, plain, settings, words  # noqa: I001
+from flags import Parser, a_file, a_path, fail, launch, plain, plain_name, words  # noqa: I001
 
 import contextlib
 import json
@@ -29,8 +29,8 @@ from compare import (
     teacher_of,
 )
 from plots import MOST_BYTES, draw_comparison, draw_details
-from recipes import DEFAULTS
-from runs import SUMS, plain_name, this_version, write_whole
+from recipes import DEFAULTS, RECIPES, settings
+from runs import SUMS, short, this_version, write_whole
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -124,8 +124,7 @@ def _spread(groups, key):
             value = {**run["config"], **run["final"]}.get(key)
             if value is None:
                 value = "all" if key == "labels" else "unknown"
-            # Twelve characters are enough of a hash, and all of any other setting.
-            text = f"{value:g}" if isinstance(value, float) else plain(value)[:12]
+            text = f"{value:g}" if isinstance(value, float) else plain(short(value))[:20]
             texts.setdefault(text, []).append(plain(run["name"]))
         for text, names in texts.items():       # a row as a whole, or some of its runs
             who = owners.setdefault(text, {})

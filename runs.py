@@ -9,11 +9,14 @@ import csv
 import datetime
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
+import reprlib
 import subprocess
 import zipfile
 import zlib
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import DEFAULTS, fail, say
+from flags import DEFAULTS, fail, plain_name, say
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
@@ -35,7 +38,6 @@ RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "con
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
-
 
 HELD = {}       # run folder -> the descriptor by which this process keeps others out
 CONFIGS = {}    # ... -> the bytes of its config.json, as long
@@ -156,26 +158,38 @@ def this_version(schema):
     return type(schema) is int and schema == SCHEMA
 
 
+def refuse_version(path, known, way_out):
+    """Leave with one line where what a file holds is of another schema, or says none."""
+    if not this_version(known.get("schema")):
+        fail(f"{path}: written by another version of these scripts (schema "
+             f"{reprlib.repr(known.get('schema'))}, now {SCHEMA}); {way_out}")
+
+
 def is_accuracy(value):
     """Return whether a value from a file may be an accuracy: a float from 0 to 1."""
     return type(value) is float and 0 <= value <= 1
 
 
 def short(value):
-    """Return a value as text; twelve characters are enough of a hash."""
-    text = str(value)
-    return text[:12] if len(text) == 64 else text
+    """Return a value as text; of a hash twelve digits are enough."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,52}\b", r"\1", str(value))
+
+
+def commit():
+    """Return the commit of these scripts, with -dirty where they were changed since; or None."""
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True)
+    with contextlib.suppress(OSError):      # no git: copied by hand, or into a notebook
+        found = git(["git", "rev-parse", "HEAD", "HEAD:./runs.py"])
+        if not found.returncode:            # else it is another project's
+            changed = git(["git", "diff", "--quiet", "HEAD", "--", ":(glob)*.py"]).returncode
+            return found.stdout.decode().split()[0] + "-dirty" * bool(changed)
+    return None
 
 
 def make_config(args, script, versions, **known):
     """Return what config.json holds: every resolved flag, and what else the result depends on."""
-    commit = None
-    with contextlib.suppress(OSError):      # no git: copied by hand, or into a notebook
-        found = subprocess.run(["git", "rev-parse", "HEAD", "HEAD:./runs.py"], text=True,
-                               cwd=Path(__file__).parent, capture_output=True)
-        commit = None if found.returncode else found.stdout.split()[0]      # another project's
     return {"schema": SCHEMA, "script": script, **vars(args), **known, "versions": versions,
-            "git_commit": commit, "date": datetime.date.today().isoformat()}
+            "git_commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def settings_of(config):
@@ -184,15 +198,6 @@ def settings_of(config):
     kept = {key: value for key, value in json.loads(json.dumps(config)).items()
             if key not in FREE | FACTS and value != DEFAULTS.get(key)}
     return sha256(json.dumps(kept, sort_keys=True).encode())
-
-
-def plain_name(flag, name):
-    """Return a typed name, which must be one of a folder, anywhere; else leave with one line."""
-    if (not name.strip() or name[0] == "." or set(name) & set("/\\") or not name.isprintable()
-            or len(name.encode()) > 200):       # 255 on most file systems, .part and all
-        fail(f"{flag} {name!r}: a plain folder name is needed, without slashes or a dot in front, "
-             "of at most 200 bytes")
-    return name
 
 
 def hold(folder, how=fcntl.LOCK_EX):
@@ -238,9 +243,7 @@ def open_run(args, config, name, held=False):
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
         had = read_json(folder / "config.json")     # a flag that is newer had its default
-        if not this_version(had.get("schema")):
-            fail(f"{folder}: written by another version of these scripts "
-                 f"(schema {had.get('schema')!r}, now {SCHEMA}); {ways}")
+        refuse_version(folder, had, ways)
         skip = FREE | FACTS
         now = json.loads(json.dumps(config))
         # ... and a fact that is newer was not asked about.
@@ -258,9 +261,7 @@ def open_run(args, config, name, held=False):
         fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
     if finished:
         final = read_json(folder / "final.json")
-        if not this_version(final.get("schema", SCHEMA)):
-            fail(f"{folder / 'final.json'}: written by another version of these scripts "
-                 f"(schema {final['schema']!r}, now {SCHEMA}); {ways}")
+        refuse_version(folder / "final.json", final, ways)
         if not is_accuracy(final.get("test_accuracy")):
             fail(f"{folder / 'final.json'}: test_accuracy {final.get('test_accuracy')!r} is no "
                  f"accuracy: damaged; {ways}")

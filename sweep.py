@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import compare
 import runs
-from flags import RECIPES, Parser, fail, plain, say, settings
+from flags import RECIPES, Parser, fail, plain, plain_name, say, settings
 from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
 from render import aligned, pipes
 
@@ -112,7 +112,7 @@ def sweep(args, script, words):
             made = f" (of make: {made}=)" if made in OF_MAKE else ""
             fail(f"sweep: --{flag} after the --{made}, too: leave it out, --over sets it")
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
-    name = runs.plain_name("--name", name)
+    name = plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
     main = importlib.import_module(script.removesuffix(".py")).main
     grid = list(itertools.product(*(values for _, values in args.over)))
@@ -286,7 +286,7 @@ def about(folders, script, words):
                        ("date", "date")):
         values = sorted({config.get(key, "unknown") for config in configs},
                         key=lambda value: (type(value) is not int, str(value).zfill(9)))
-        told.append(f"{title} {', '.join(runs.short(v)[:12] for v in values)}")
+        told.append(f"{title} {', '.join(runs.short(v)[:20] for v in values)}")
     told = plain(f"`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.")
     return f"\n{told}\n"
 

@@ -574,8 +574,6 @@ def main(argv=None):
         fail(f"{args.data_dir}/train/<class>/* is not there; give --data-dir, CIFAR-10 as class "
              "folders")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()[:12] or None
     table, wrong = json.loads(OUT.read_text()) if OUT.exists() else {}, {}
     with tempfile.TemporaryDirectory() as place:
         folder = subset(args.data_dir, Path(place) / "images")
@@ -589,7 +587,8 @@ def main(argv=None):
                 wrong[name] = error
                 continue
             machine = dict(device=processor(torch.device(kind)), threads=torch.get_num_threads(),
-                           precision=precision(), torch=torch.__version__, commit=commit,
+                           precision=precision(), torch=torch.__version__,
+                           commit=runs.short(runs.commit()),
                            date=datetime.date.today().isoformat())
             made = dict(rows=rows, rounds=ROUNDS[:], seconds=time.perf_counter() - started,
                         machine=machine)

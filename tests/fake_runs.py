@@ -21,7 +21,8 @@ def make_run(results, name, seed=0, test=70.0, average=None, learned=True, epoch
     noise = random.Random(f"{name} {seed}")
     big = name.startswith("teacher")
     final = dict(
-        recipe="digits", run=name, script="train_student.py", seed=seed, arch="digits-student",
+        schema=runs.SCHEMA, recipe="digits", run=name, script="train_student.py", seed=seed,
+        arch="digits-student",
         parameters=1_234_567 if big else 45_678, macs=58_000_000 if big else 3_200_000,
         epochs=epochs, best_epoch=epochs, ema_best_epoch=None, val_accuracy=(test + 1) / 100,
         test_accuracy=test / 100, test_loss=0.7, ema_val_accuracy=None, ema_test_accuracy=None,
@@ -32,9 +33,9 @@ def make_run(results, name, seed=0, test=70.0, average=None, learned=True, epoch
         final |= dict(ema_best_epoch=epochs, ema_val_accuracy=(average + 1) / 100,
                       ema_test_accuracy=average / 100)
     config = dict(
-        recipe="digits", dataset="digits", data_dir="data", device="cpu", precision="fp32",
-        epochs=epochs, batch_size=128, lr=0.001, seed=seed, augment="crop", views=0, labels=None,
-        data_key="d" * 64, git_commit="c" * 40, date="2026-01-02")
+        schema=runs.SCHEMA, recipe="digits", dataset="digits", data_dir="data", device="cpu",
+        precision="fp32", epochs=epochs, batch_size=128, lr=0.001, seed=seed, augment="crop",
+        views=0, labels=None, data_key="d" * 64, git_commit="c" * 40, date="2026-01-02")
     for key, value in changed.items():
         (final if key in final else config)[key] = value
     rows = []

@@ -337,11 +337,10 @@ def show(rows, columns):
 
 def machine():
     """Return what the figures were made on and with."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True)
     return train_student.versions(device.pick_device("cpu")) | dict(
         machine=device.processor(device.pick_device("cpu")), device="cpu",
         threads=int(os.environ["OMP_NUM_THREADS"]), cores=len(os.sched_getaffinity(0)),
-        commit=commit.stdout.strip() or None, date=datetime.date.today().isoformat())
+        commit=runs.commit(), date=datetime.date.today().isoformat())
 
 
 def publish(part, row):

@@ -1,5 +1,6 @@
 """Files and names from elsewhere: checkpoints that lie, names of any letters, terminals of any
 encoding, runs of other versions."""
+import ast
 import json
 import os
 import shutil
@@ -368,12 +369,13 @@ def edit(path, **changed):
     path.write_text(json.dumps({k: v for k, v in facts.items() if v is not edit}))
 
 
+@pytest.mark.parametrize("schema", [runs.SCHEMA + 1, None, True, edit])
 @pytest.mark.parametrize("file", ["config.json", "final.json"])
-def test_a_run_of_another_schema_is_not_reported(tmp_path, capsys, file):
+def test_a_run_of_another_schema_is_not_reported(tmp_path, capsys, file, schema):
     folder = fake_runs.make_run(tmp_path, "student-s0")
-    edit(folder / file, schema=runs.SCHEMA + 1)
+    edit(folder / file, schema=schema)          # edit: left out
     tiny.refused(capsys, report, ["--results-dir", tmp_path], folder / file,
-                 f"schema {runs.SCHEMA + 1}", f"now {runs.SCHEMA}")
+                 f"schema {None if schema is edit else schema}", f"now {runs.SCHEMA}")
     assert not (tmp_path / "digits" / "report.md").exists()
 
 
@@ -389,18 +391,41 @@ def test_a_published_report_that_is_not_of_ours_is_named(tmp_path, capsys, text,
                                   tmp_path / "README.md"], place, part)
 
 
-def test_a_commit_is_that_of_these_scripts_or_none(easy, tmp_path):
-    """Copied into a folder of another project."""
+def test_a_commit_is_that_of_these_scripts_or_none(tmp_path):
+    """None where they were copied into another project; -dirty where a script was changed since."""
     house = tmp_path / "other" / "tutor"
     house.mkdir(parents=True)
     for path in HOUSE.glob("*.py"):
         shutil.copy(path, house)
-    for words in (["init", "-q"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q",
-                                   "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", *words], cwd=house.parent, check=True)
-    code = "import runs, types; print(runs.make_config(types.SimpleNamespace(), '', {}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=house, text=True, capture_output=True)
-    assert "'git_commit': None" in done.stdout, done
+
+    def git(*words):
+        done = subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words],
+                              cwd=house.parent, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def told():
+        code = "import runs, types; print(runs.make_config(types.SimpleNamespace(), '', {}))"
+        done = subprocess.run([sys.executable, "-B", "-c", code], cwd=house, text=True,
+                              capture_output=True)
+        return ast.literal_eval(done.stdout)["git_commit"]
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    assert told() is None
+    (house / "README.md").write_text("a table")
+    git("add", ".")
+    git("commit", "-q", "-m", "y")
+    commit = git("rev-parse", "HEAD")
+    assert len(commit) == 40 and told() == commit
+    (house / "README.md").write_text("a longer table")
+    (house / "mine.py").write_text("")
+    assert told() == commit                     # nothing that a run is made by
+    (house / "runs.py").touch()
+    assert told() == commit                     # looked at, and the same
+    with open(house / "models.py", "a") as file:
+        file.write("# mine")
+    assert told() == commit + "-dirty"
+    assert runs.short(told()) == commit[:12] + "-dirty"
 
 
 def test_a_run_from_before_there_were_some_flags_and_figures_is_reported(tmp_path):
