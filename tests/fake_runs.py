@@ -1,11 +1,13 @@
 """Run folders for tests, made without training: what matters is what is made of them."""
-
 import csv
 import json
 import math
 import random
 from pathlib import Path
 
+import pytest
+
+import report
 import runs
 
 SIX = {  # run -> test accuracy of seeds 0, 1, 2 (in %), with differences that are easy by hand
@@ -63,3 +65,29 @@ def make_six(results, seeds=1, only=tuple(SIX), **changed):
             make_run(results, f"{name}-s{seed}", seed, SIX[name][seed],
                      AVERAGE[seed] if name == "mean-teacher" else None, **changed)
     return Path(results) / "digits"
+
+
+def run(*words):
+    return report.main([str(word) for word in words])
+
+
+def numbers(results):
+    """The report without its files: drawing takes most of a second."""
+    return report.build("digits", results)[0]
+
+
+def rows_of(result):
+    return {row["key"]: row for row in result["rows"]}
+
+
+def compared(result):
+    return {entry["title"]: entry for entry in result["comparisons"]}
+
+
+def refused(capsys, *words, code=2):
+    """The one line that a refusal prints."""
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    line = capsys.readouterr().err
+    assert stop.value.code == code and line.startswith("error: ") and line.count("\n") == 1, line
+    return line

@@ -42,10 +42,10 @@ BATCHES = tests("processes", "shares_of_a_batch") + tests(
     "few_unlabelled")
 LABELS = tests("data", "labels", "no_more_labels", "the_seed_chooses")
 START = tests("models", "init_against", "deviation", "batch_norm_starts", "the_same_seed")
-PAIRS = tests("report", "interval", "three_seeds", "pairs_share", "two_seeds", "one_seed",
+PAIRS = tests("compare", "interval", "three_seeds", "pairs_share", "two_seeds", "one_seed",
               "no_conclusion", "only_the_row", "no_gap", "networks_of_different",
               "a_seed_that_is", "seeds_with_other")
-BESIDE = tests("report", "calibration", "confusion", "agreement")
+BESIDE = tests("beside", "calibration", "confusion", "agreement")
 TARGETS = {
     "distill": dict.fromkeys((
         "kd_loss", "consistency_loss", "class_cost", "ramp_up", "taught", "kd_objective",
@@ -69,7 +69,7 @@ TARGETS = {
     "compare": {
         **dict.fromkeys(("_figure", "interval", "compare", "same", "_difference", "add_gaps",
                          "mixed"), PAIRS),
-        "verdict": tests("report", "verdict"), **dict.fromkeys((
+        "verdict": tests("compare", "verdict"), **dict.fromkeys((
             "BINS", "log_softmax", "calibration", "confusion", "against"), BESIDE)},
     "calc": {"output_size": tests("calc", "output_size", "last_window")},
 }

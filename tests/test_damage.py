@@ -1,14 +1,10 @@
-"""Disks and memory that give out, files that are not as they were written: one line that names the
-file, and nothing finished is lost.
+"""Files that are not as they were written: one line that names the file, and nothing finished is
+lost.
 """
 import contextlib
 import json
-import os
 import shutil
 import subprocess
-import sys
-import textwrap
-from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
@@ -21,13 +17,11 @@ import common
 import compare
 import distill
 import look
-import models
 import readers
 import report
 import runs
 import train_student
 
-HOUSE = Path(common.__file__).parent
 RUN = "digits/student-s0"
 
 
@@ -36,8 +30,6 @@ def flipped(data, bit):
     data[bit // 8] ^= 1 << bit % 8
     return bytes(data)
 
-
-# ---- damaged files ----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def done(easy, tmp_path_factory):
@@ -334,272 +326,3 @@ def test_teachers_outputs_that_are_damaged_are_made_anew(easy, results, capsys, 
     assert f"{kept}: cut short or damaged, made anew" in tiny.said(capsys)
     assert finals[0]["kept"] == finals[1]["kept"]
     assert tiny.same(finals[0]["best"], finals[1]["best"])
-
-
-# ---- disks that give out ----------------------------------------------------------------------
-
-def child(words, prepare="", environment=()):
-    """Run train_student (or what prepare calls script) in a process of its own, after some
-    lines."""
-    code = f"import resource, sys, distill, train_student\nscript = train_student\n{prepare}\n" \
-           "script.main(sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HOUSE, text=True,
-                          capture_output=True, env=os.environ | dict(environment))
-
-
-def one_line(done, *parts):
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    for part in parts:
-        assert str(part) in done.stderr, done.stderr
-
-
-def test_a_file_that_may_not_grow_ends_the_run_and_resume_goes_on(easy, tmp_path):
-    """A limit on the size of files stands for a full disk: the kernel refuses to write."""
-    words = tiny.words(easy, tmp_path / "cut", epochs=3)
-    limit = ("resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**4, -1))\n"
-             "import atexit\n"      # what measures coverage writes at the end
-             "atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, (-1, -1))")
-    tiny.run(train_student, easy, tmp_path / "cut", epochs=1)       # the arrays are kept now
-    shutil.rmtree(tmp_path / "cut")
-    one_line(child(words, limit), tmp_path / "cut" / RUN / "best.pt", "too large", "--resume")
-    assert sorted(p.name for p in (tmp_path / "cut" / RUN).iterdir()) == ["config.json"]
-    tiny.run(train_student, easy, tmp_path / "cut", "--resume", epochs=3)
-    tiny.run(train_student, easy, tmp_path / "whole", epochs=3)
-    assert tiny.same(tiny.outcome(tmp_path / "cut" / RUN), tiny.outcome(tmp_path / "whole" / RUN))
-
-
-@pytest.mark.parametrize("file", ["best.pt", "metrics.csv", "checkpoint.pt", "test.npz",
-                                  "final.json", "curves.png", runs.SUMS])
-def test_a_disk_that_is_full_at_any_file_leaves_the_last_state(easy, tmp_path, capsys, monkeypatch,
-                                                               file):
-    """What a full disk does to each file in turn, in its second writing where there is one."""
-    words = tiny.words(easy, tmp_path / "cut", "--ema-decay", 0.9, epochs=3)
-    seen, fsync = [], os.fsync
-
-    def full(handle):
-        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".part")[1:]
-        seen.append(name)
-        if name == file and (seen.count(name) == 2 or name not in (
-                "best.pt", "metrics.csv", "checkpoint.pt")):
-            raise OSError(28, "No space left on device")
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    folder = tmp_path / "cut" / RUN
-    tiny.refused(capsys, train_student, words, folder / file, "No space left", "--resume")
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
-    assert not (folder / "final.json").exists()
-    kept = len(tiny.load(folder / "checkpoint.pt")["history"])
-    assert kept == (1 if file in ("best.pt", "metrics.csv", "checkpoint.pt") else 3)
-    train_student.main([*words, "--resume"])
-    train_student.main(tiny.words(easy, tmp_path / "whole", "--ema-decay", 0.9, epochs=3))
-    assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "whole" / RUN))
-
-
-def test_a_stop_while_a_file_is_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    runs.write_whole(tmp_path / "final.json", b"old")
-    monkeypatch.setattr(runs.os, "fsync", stop)
-    with pytest.raises(KeyboardInterrupt):
-        runs.write_whole(tmp_path / "final.json", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["final.json"]
-    assert (tmp_path / "final.json").read_bytes() == b"old"
-
-
-def test_a_small_file_system_that_runs_full(easy, tmp_path):
-    """A real one of 300 kB, in which five checkpoints' worth of files do not fit."""
-    script = textwrap.dedent("""
-        mount -t tmpfs -o size=300k tutor "$1" && shift || exit 77
-        "$@" --arch digits-teacher --augment none --weight-decay 0; code=$?
-        ls -A "$0" >&2; exit $code""")
-    (tmp_path / "small").mkdir()
-    words = tiny.words(easy, tmp_path / "small")
-    try:
-        done = subprocess.run(
-            ["unshare", "-rm", "sh", "-c", script, tmp_path / "small" / RUN, tmp_path / "small",
-             sys.executable, "train_student.py", *words], cwd=HOUSE, text=True, capture_output=True)
-    except FileNotFoundError:
-        done = None
-    if done is None or done.returncode in (1, 77):
-        pytest.skip("no right to mount a file system here")
-    assert done.returncode == 2, done.stderr
-    error, *left = done.stderr.splitlines()
-    assert error.startswith(f"error: {tmp_path / 'small' / RUN}") and "No space left" in error
-    assert "--resume" in error and "config.json" in left
-    assert not [name for name in left if name.endswith(".part")], left
-
-
-def test_a_folder_that_vanishes_ends_the_run(easy, tmp_path, capsys, monkeypatch):
-    def vanish(model, batch, whole=train_student.hard_loss):
-        if batch.epoch == 2:
-            shutil.rmtree(tmp_path / "digits", ignore_errors=True)
-        return whole(model, batch)
-
-    monkeypatch.setattr(train_student, "hard_loss", vanish)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), tmp_path / RUN,
-                 "No such file or directory")
-    assert not list(tmp_path.glob("digits*"))
-
-
-def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", str(results / "digits/.teacher/x.part"))
-
-    monkeypatch.setattr(np.lib.format, "open_memmap", full)
-    tiny.refused(capsys, distill, tiny.words(easy, results, "--views", 1), "No space left",
-                 ".teacher")
-    assert not (results / "digits" / "kd-s0").exists()
-
-
-# ---- memory that gives out --------------------------------------------------------------------
-
-def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
-    """A limit on data, which a mapped data set does not count in, and 0.5 GB for one layer."""
-    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 128,
-                       "--batch-size", 60, epochs=1)
-    limit = "resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9,) * 2)"
-    one_line(child(words, limit), "out of memory", "batches of 60 images of 3×128×128",
-             "lower --batch-size")
-
-
-@pytest.mark.parametrize("kind, text, parts", [
-    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
-     "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",
-                              "lower --batch-size"]),
-    (RuntimeError, "integer out of range", [
-        "a kernel of PyTorch can count (integer out of range)", "batches of 16 images of 3×16×16",
-        "lower --batch-size"]),
-    (RuntimeError, "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation,"
-     " but you set 'torch.use_deterministic_algorithms(True)'. You can …",
-     ["--deterministic: adaptive_max_pool2d_backward_cuda", "leave --deterministic out"])])
-def test_what_a_gpu_cannot_do_is_told(easy, tmp_path, capsys, monkeypatch, kind, text, parts):
-    """What PyTorch raises there, as no GPU is at hand here."""
-    def full(*_):
-        raise kind(text)
-
-    monkeypatch.setattr(train_student, "hard_loss", full)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), *parts)
-
-
-# ---- numbers ----------------------------------------------------------------------------------
-
-def test_the_layer_of_the_largest_gradient_is_named(easy, tmp_path, capsys, monkeypatch):
-    """A loss of which one layer has nearly all the gradient, until it overflows."""
-    def spoiled(model, batch, whole=train_student.hard_loss):
-        loss, logits = whole(model, batch)
-        weights = dict(model.named_parameters())["features.3.weight"]
-        scale = float("inf") if batch.epoch == 2 else 1e4
-        return loss + scale * weights.square().sum(), logits
-
-    monkeypatch.setattr(train_student, "hard_loss", spoiled)
-    words = tiny.words(easy, tmp_path, "--lr", 1e-5, "--schedule", "constant")
-    line = tiny.refused(capsys, train_student, words, "epoch 2, step 1, learning rate 1e-05",
-                        "features.3.weight", "epoch 1 is kept", code=3)
-    assert "features.0" not in line
-
-
-@pytest.mark.parametrize("flags", [("--val-fraction", 0), ()])
-def test_weights_that_are_not_finite_after_the_last_step_are_not_kept(easy, tmp_path, capsys,
-                                                                      monkeypatch, flags):
-    """No loss has seen them yet, and without validation images none would before the test."""
-    steps = []
-
-    class Spoiled(torch.optim.AdamW):
-        def step(self):
-            super().step()
-            steps.append(1)
-            if len(steps) == 2 * self.steps:
-                self.param_groups[1]["params"][0].data[0] = float("nan")
-
-    monkeypatch.setattr(torch.optim, "AdamW", Spoiled)
-    Spoiled.steps = 10 if flags else 7
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, *flags),
-                 "the norm of the weights is nan at epoch 2, step", "epoch 1 is kept", code=3)
-    assert len(steps) == 2 * Spoiled.steps
-    assert len(tiny.load(tmp_path / RUN / "checkpoint.pt")["history"]) == 1
-
-
-def test_a_loss_on_test_that_is_not_finite_is_no_result(easy, tmp_path, capsys, monkeypatch):
-    def evaluate(model, batches, *rest, whole=common.evaluate):
-        found = whole(model, batches, *rest)
-        return found | dict(loss=float("inf")) if len(batches) == 80 else found
-
-    monkeypatch.setattr(common, "evaluate", evaluate)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path),
-                 "the loss of the model on test is inf", "--lr", code=3)
-    assert not (tmp_path / RUN / "final.json").exists()
-
-
-@pytest.mark.parametrize("images, said", [
-    (40, "the average's validation loss is nan at epoch 1"), (80, "the loss of the ema on test")])
-def test_an_average_whose_loss_is_not_finite_is_no_result(easy, tmp_path, capsys, monkeypatch,
-                                                          images, said):
-    def evaluate(model, batches, *rest, whole=common.evaluate):
-        average = not next(model.parameters()).requires_grad
-        found = whole(model, batches, *rest)
-        return found | dict(loss=float("nan")) if average and len(batches) == images else found
-
-    monkeypatch.setattr(common, "evaluate", evaluate)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--ema-decay", 0.9), said,
-                 "--lr", code=3)
-    assert not (tmp_path / RUN / "final.json").exists()
-
-
-def test_statistics_that_are_not_finite_are_not_kept(easy, tmp_path, capsys, monkeypatch):
-    """Of BatchNorm: what is divided by them is finite, and its best.pt would be refused."""
-    def spoiled(args, model, *rest, whole=common.train_epoch):
-        found = whole(args, model, *rest)
-        if rest[4]:         # updates before this epoch
-            dict(model.named_buffers())["features.1.running_var"].fill_(float("inf"))
-        return found
-
-    monkeypatch.setattr(common, "train_epoch", spoiled)
-    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--norm", "batch"),
-                 "the running variance is nan at epoch 2", "epoch 1 is kept", code=3)
-
-
-def test_large_statistics_stop_nothing(easy, tmp_path, monkeypatch):
-    """Their square would not be finite in float32."""
-    def large(args, model, *rest, whole=common.train_epoch):
-        found = whole(args, model, *rest)
-        dict(model.named_buffers())["features.1.running_var"].fill_(1e30)
-        return found
-
-    monkeypatch.setattr(common, "train_epoch", large)
-    assert tiny.run(train_student, easy, tmp_path, "--norm", "batch")["epochs"] == 2
-
-
-class Fixed(torch.nn.Module):
-    def forward(self, x):
-        return x
-
-
-def test_ten_million_rows_are_counted_exactly():
-    """More than float32 can count: it has 24 bits, and a sum of ones stops at 16 777 216."""
-    size, batches = 100_000, 200
-    logits = torch.zeros(size, 2)
-    logits[:, 1] = torch.arange(size) % 7 == 0
-    labels = torch.ones(size, dtype=torch.int64)
-    labels[5] = -1
-    found = common.evaluate(Fixed(), ((logits, labels) for _ in range(batches)))
-    hits = int((logits[:, 1] > 0)[labels >= 0].sum()) * batches
-    assert found["n"] == (size - 1) * batches > 2**24
-    assert found["accuracy"] == float(Fraction(hits, found["n"]))
-    each = torch.nn.functional.cross_entropy(logits.double(), labels.clamp(min=0),
-                                             reduction="none")[labels >= 0].sum()
-    assert found["loss"] == pytest.approx(each.item() * batches / found["n"], rel=1e-6)
-
-
-def test_a_teacher_with_weights_that_are_not_finite_is_refused(easy, results, capsys):
-    path = results / "digits/teacher-s0/best.pt"
-    card = tiny.load(path)
-    next(iter(card["model"].values()))[0, 0, 0, 0] = float("nan")
-    common.save_checkpoint(path, card)
-    with pytest.raises(SystemExit):
-        models.load(path)
-    assert f"{path}: " in capsys.readouterr().err
-    tiny.refused(capsys, distill, tiny.words(easy, results), path, "not finite")

@@ -1,0 +1,171 @@
+"""Disks and memory that give out: one line that names the file or the sizes, and nothing finished
+is lost.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import common
+import distill
+import runs
+import train_student
+
+HOUSE = Path(common.__file__).parent
+RUN = "digits/student-s0"
+
+
+# ---- disks that give out ----------------------------------------------------------------------
+
+def child(words, prepare="", environment=()):
+    """Run train_student (or what prepare calls script) in a process of its own, after some
+    lines."""
+    code = f"import resource, sys, distill, train_student\nscript = train_student\n{prepare}\n" \
+           "script.main(sys.argv[1:])"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=HOUSE, text=True,
+                          capture_output=True, env=os.environ | dict(environment))
+
+
+def one_line(done, *parts):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for part in parts:
+        assert str(part) in done.stderr, done.stderr
+
+
+def test_a_file_that_may_not_grow_ends_the_run_and_resume_goes_on(easy, tmp_path):
+    """A limit on the size of files stands for a full disk: the kernel refuses to write."""
+    words = tiny.words(easy, tmp_path / "cut", epochs=3)
+    limit = ("resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 10**4, -1))\n"
+             "import atexit\n"      # what measures coverage writes at the end
+             "atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, (-1, -1))")
+    tiny.run(train_student, easy, tmp_path / "cut", epochs=1)       # the arrays are kept now
+    shutil.rmtree(tmp_path / "cut")
+    one_line(child(words, limit), tmp_path / "cut" / RUN / "best.pt", "too large", "--resume")
+    assert sorted(p.name for p in (tmp_path / "cut" / RUN).iterdir()) == ["config.json"]
+    tiny.run(train_student, easy, tmp_path / "cut", "--resume", epochs=3)
+    tiny.run(train_student, easy, tmp_path / "whole", epochs=3)
+    assert tiny.same(tiny.outcome(tmp_path / "cut" / RUN), tiny.outcome(tmp_path / "whole" / RUN))
+
+
+@pytest.mark.parametrize("file", ["best.pt", "metrics.csv", "checkpoint.pt", "test.npz",
+                                  "final.json", "curves.png", runs.SUMS])
+def test_a_disk_that_is_full_at_any_file_leaves_the_last_state(easy, tmp_path, capsys, monkeypatch,
+                                                               file):
+    """What a full disk does to each file in turn, in its second writing where there is one."""
+    words = tiny.words(easy, tmp_path / "cut", "--ema-decay", 0.9, epochs=3)
+    seen, fsync = [], os.fsync
+
+    def full(handle):
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".part")[1:]
+        seen.append(name)
+        if name == file and (seen.count(name) == 2 or name not in (
+                "best.pt", "metrics.csv", "checkpoint.pt")):
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    folder = tmp_path / "cut" / RUN
+    tiny.refused(capsys, train_student, words, folder / file, "No space left", "--resume")
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
+    assert not (folder / "final.json").exists()
+    kept = len(tiny.load(folder / "checkpoint.pt")["history"])
+    assert kept == (1 if file in ("best.pt", "metrics.csv", "checkpoint.pt") else 3)
+    train_student.main([*words, "--resume"])
+    train_student.main(tiny.words(easy, tmp_path / "whole", "--ema-decay", 0.9, epochs=3))
+    assert tiny.same(tiny.outcome(folder), tiny.outcome(tmp_path / "whole" / RUN))
+
+
+def test_a_stop_while_a_file_is_written_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    runs.write_whole(tmp_path / "final.json", b"old")
+    monkeypatch.setattr(runs.os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_whole(tmp_path / "final.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["final.json"]
+    assert (tmp_path / "final.json").read_bytes() == b"old"
+
+
+def test_a_small_file_system_that_runs_full(easy, tmp_path):
+    """A real one of 300 kB, in which five checkpoints' worth of files do not fit."""
+    script = textwrap.dedent("""
+        mount -t tmpfs -o size=300k tutor "$1" && shift || exit 77
+        "$@" --arch digits-teacher --augment none --weight-decay 0; code=$?
+        ls -A "$0" >&2; exit $code""")
+    (tmp_path / "small").mkdir()
+    words = tiny.words(easy, tmp_path / "small")
+    try:
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script, tmp_path / "small" / RUN, tmp_path / "small",
+             sys.executable, "train_student.py", *words], cwd=HOUSE, text=True, capture_output=True)
+    except FileNotFoundError:
+        done = None
+    if done is None or done.returncode in (1, 77):
+        pytest.skip("no right to mount a file system here")
+    assert done.returncode == 2, done.stderr
+    error, *left = done.stderr.splitlines()
+    assert error.startswith(f"error: {tmp_path / 'small' / RUN}") and "No space left" in error
+    assert "--resume" in error and "config.json" in left
+    assert not [name for name in left if name.endswith(".part")], left
+
+
+def test_a_folder_that_vanishes_ends_the_run(easy, tmp_path, capsys, monkeypatch):
+    def vanish(model, batch, whole=train_student.hard_loss):
+        if batch.epoch == 2:
+            shutil.rmtree(tmp_path / "digits", ignore_errors=True)
+        return whole(model, batch)
+
+    monkeypatch.setattr(train_student, "hard_loss", vanish)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), tmp_path / RUN,
+                 "No such file or directory")
+    assert not list(tmp_path.glob("digits*"))
+
+
+def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(results / "digits/.teacher/x.part"))
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    tiny.refused(capsys, distill, tiny.words(easy, results, "--views", 1), "No space left",
+                 ".teacher")
+    assert not (results / "digits" / "kd-s0").exists()
+
+
+# ---- memory that gives out --------------------------------------------------------------------
+
+def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
+    """A limit on data, which a mapped data set does not count in, and 0.5 GB for one layer."""
+    words = tiny.words(easy, tmp_path, "--arch", "cifar10-he-max-teacher", "--image-size", 128,
+                       "--batch-size", 60, epochs=1)
+    limit = "resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9,) * 2)"
+    one_line(child(words, limit), "out of memory", "batches of 60 images of 3×128×128",
+             "lower --batch-size")
+
+
+@pytest.mark.parametrize("kind, text, parts", [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
+     "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",
+                              "lower --batch-size"]),
+    (RuntimeError, "integer out of range", [
+        "a kernel of PyTorch can count (integer out of range)", "batches of 16 images of 3×16×16",
+        "lower --batch-size"]),
+    (RuntimeError, "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation,"
+     " but you set 'torch.use_deterministic_algorithms(True)'. You can …",
+     ["--deterministic: adaptive_max_pool2d_backward_cuda", "leave --deterministic out"])])
+def test_what_a_gpu_cannot_do_is_told(easy, tmp_path, capsys, monkeypatch, kind, text, parts):
+    """What PyTorch raises there, as no GPU is at hand here."""
+    def full(*_):
+        raise kind(text)
+
+    monkeypatch.setattr(train_student, "hard_loss", full)
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), *parts)
