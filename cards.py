@@ -1,10 +1,11 @@
 """What a best.pt or a checkpoint.pt says, looked at before anything is made of it: such a file is
 untrusted. No command of its own.
 """
-import contextlib
 import hashlib
 import math
+import pickletools
 import reprlib
+import zipfile
 
 import torch
 
@@ -12,17 +13,112 @@ from decode import FITS
 from flags import fail
 from runs import METRICS, SCHEMA, is_accuracy, this_version
 
+# ---- the pickle in it -------------------------------------------------------------------------
 
-def unread(path, error):
-    """Return why torch did not load a file: what it holds beside tensors and plain values, else the
-    error, whose text may tell to load it all the same: then only its kind."""
-    held, text, kind = [], str(error), type(error).__name__
-    with contextlib.suppress(Exception):
-        held = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if held:
-        return f"holds more than tensors and plain values; not read: {', '.join(held)}"
+# All that these scripts write. PyTorch's own list (weights_only) holds more: what may compute for
+# hours, or end Python without a word.
+ORDERED, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
+STORAGES = {f"torch {kind}Storage" for kind in (
+    "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+NAMES = {"BINUNICODE", "BININT", "BININT1", "BININT2"}      # what a key may be
+ATOMS = NAMES | {"NONE", "NEWTRUE", "NEWFALSE", "LONG1", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
+LARGEST = 2**24         # bytes beside the tensors; the metrics of 100 000 epochs are 11 million
+DEEPEST = 20            # of what is nested
+
+
+class Strange(Exception):
+    """What a file holds beside tensors and plain values."""
+
+
+def search(path):
+    """Raise Strange where the pickle in a checkpoint holds what these scripts do not write. Nothing
+    is made of it: of what its operations would put on a stack, only the kinds are kept."""
+    with zipfile.ZipFile(path) as bundle:
+        info = next(info for info in bundle.infolist() if info.filename.endswith("data.pkl"))
+        if info.file_size > LARGEST:
+            raise Strange(f"{info.file_size} bytes of them, more than {LARGEST}")
+        pickled = bundle.read(info)
+    stack, marks, memo = [], [0], {}        # stack: (kind, of a tuple the kinds of what is in it)
+
+    def above(count=None):
+        """Take what is above the last mark from the stack, or so many; return their kinds."""
+        at = marks.pop() if count is None else len(stack) - count
+        if at < marks[-1]:
+            raise ValueError("its pickle is cut short or damaged")
+        taken, stack[at:] = stack[at:], []
+        return taken
+
+    for opcode, value, _ in pickletools.genops(pickled):
+        name, fine = opcode.name, True
+        if name in ATOMS:
+            stack.append((name, ()))
+        elif name == "GLOBAL":
+            fine, name = value in STORAGES | {ORDERED, TENSOR}, value.replace(" ", ".")
+            stack.append((value, ()))
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in TUPLES:
+            stack.append(("TUPLE", tuple(kind for kind, _ in above(TUPLES[name]))))
+        elif name in ("APPEND", "APPENDS"):
+            above(1 if name == "APPEND" else None)
+            fine = stack[-1][0] == "EMPTY_LIST"
+        elif name in ("SETITEM", "SETITEMS"):
+            keys = {kind for kind, _ in above(2 if name == "SETITEM" else None)[::2]}
+            fine = keys <= NAMES and stack[-1][0] in ("EMPTY_DICT", "a dict")
+        elif name == "REDUCE":
+            (called, _), given = above(2)
+            fine = called == TENSOR or (called, given) == (ORDERED, ("TUPLE", ()))
+            stack.append(("a tensor" if called == TENSOR else "a dict", ()))
+        elif name == "BUILD":       # an OrderedDict's attributes, which plain() leaves out
+            above(1)
+            fine = stack[-1][0] == "a dict"
+        elif name == "BINPERSID":
+            _, kinds = above(1)[0]
+            fine = len(kinds) == 5 and kinds[1] in STORAGES and {kinds[0], *kinds[2:]} <= NAMES
+            stack.append(("a storage", ()))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        else:
+            fine = name in ("PROTO", "STOP")
+        if not fine:
+            raise Strange(name)
+
+
+def plain(value, depth=0, made=None):
+    """Return a value with each dict a dict and nothing else: an OrderedDict may hold functions of
+    its own."""
+    made = {} if made is None else made     # id -> what was made of it: a list may be in many
+    if id(value) not in made:
+        if depth > DEEPEST:
+            raise Strange(f"lists or dicts in one another, more than {DEEPEST}")
+        if isinstance(value, dict):
+            made[id(value)] = {k: plain(v, depth + 1, made) for k, v in dict.items(value)}
+        elif isinstance(value, (list, tuple)):
+            made[id(value)] = type(value)(plain(v, depth + 1, made) for v in value)
+        else:
+            return value
+    return made[id(value)]
+
+
+def read(path):
+    """Return what torch.save wrote, on the CPU; an exception where there is more in it."""
+    search(path)
+    return plain(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def unread(error):
+    """Return why a file was not read. PyTorch's text may tell to load it all the same: then only
+    the error's kind."""
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, Strange):
+        return f"holds more than tensors and plain values; not read: {text[:99]}"
     return f"cannot be read ({text if text and 'weights_only' not in text else kind})"
 
+
+# ---- what it says -----------------------------------------------------------------------------
 
 def absurd(card, choices):
     """Return what cannot be in what a card says, or None. choices: flag -> names that are known."""
@@ -54,7 +150,8 @@ def absurd(card, choices):
                        ("epoch", (int, type(None))), ("ema_epoch", (int, type(None)))):
         value = card.get(key)
         if key in card and (type(value) not in kinds or "epoch" in key and value is not None
-                            and not 1 <= value <= 10**6):
+                            and not 1 <= value <= 10**6 or key == "val_fraction"
+                            and not 0 <= value < 1):
             return f"has {key} {show(value)}"
     return None
 
@@ -111,7 +208,8 @@ def unsound(state, settings, networks, optimizer, epochs):
     if not isinstance(history, list) or not 1 <= len(history) <= epochs:
         return f"has no history of 1 to {epochs} epochs"
     for number, row in enumerate(history, 1):
-        if not isinstance(row, dict) or set(row) != set(METRICS) or row["epoch"] != number:
+        if not isinstance(row, dict) or set(row) != set(METRICS) or (
+                type(row["epoch"]) is not int or row["epoch"] != number):
             return f"has no row of metrics for epoch {number}"
         for key, value in row.items():
             known = history[0][key] is not None or not ("val_" in key and value is None)

@@ -292,9 +292,9 @@ def load_checkpoint(path):
     if wrong := runs.damage(Path(path)):
         fail(f"{path}: {wrong}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return cards.read(path)
     except Exception as error:    # torch raises many kinds for foreign files
-        fail(f"{path}: {cards.unread(path, error)}")
+        fail(f"{path}: {cards.unread(error)}")
 
 
 def save_best(folder, card, history, best):

@@ -44,9 +44,18 @@ def pad(image, size):
 FITS = {"resize": resize, "crop": crop, "pad": pad}
 
 
-def to_rgb(image):
+def white(image):
+    """Return the white of grey levels beyond 8 bits, where the file says it; else None."""
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 65535
+    signed = image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(258) == (16,)
+    return 32767 if signed else None
+
+
+def to_rgb(image, white=None):
     """Return an image of any mode as RGB: 16 bits scaled to 8, transparent pixels on black. Numbers
-    beyond 8 bits must be from 0 to 65535; floats up to 1 count as shares of white."""
+    beyond 8 bits must be from 0 to 65535; without a known white, floats up to 1 count as shares of
+    it, and it is 255 for what is not above that."""
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
         if not np.isfinite(pixels).all():
@@ -55,7 +64,7 @@ def to_rgb(image):
         low, high = pixels.min(initial=0), pixels.max(initial=0)
         if low < 0 or high > 65535:
             raise ValueError(f"holds pixels from {low:g} to {high:g}; 0 to 65535 can be read")
-        top = 65535 if image.mode.startswith("I;16") or high > 255 else 255
+        top = white or (65535 if high > 255 else 255)
         top = 1 if image.mode == "F" and high <= 1 else top
         image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -97,7 +106,7 @@ def read_image(path, size, fit):
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, which is not run")
             image.load()        # before upright(), which passes over errors, these too
-            rgb = to_rgb(upright(image))
+            rgb = to_rgb(upright(image), white(image))
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)
         return np.asarray(rgb)

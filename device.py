@@ -51,8 +51,9 @@ def pick_precision(name, device):
 def around(groups, own, controller=""):
     """Return the folders of this process's cgroup and of those that it lies in: a limit of any of
     them holds. controller: of version 1; none for version 2."""
-    with contextlib.suppress(OSError, IndexError):
-        path = Path(*Path(own).read_text().split(f":{controller}:/", 1)[1].splitlines()[:1])
+    line = rf"^\d+:(?:\S*,)?{controller}(?:,\S*)?:/(.*)$" if controller else "^0::/(.*)$"
+    with contextlib.suppress(OSError, TypeError):       # no such file, or no such line
+        path = Path(re.search(line, Path(own).read_text(), re.MULTILINE)[1])
         return [Path(groups, controller, group) for group in (path, *path.parents)]
     return [Path(groups, controller)] if controller else []
 
@@ -62,10 +63,11 @@ def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):
     quota of its cgroup (a container's, a cluster job's) is less. Files as Linux has them."""
     there = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
              else os.cpu_count() or 1)
-    quotas = [Path(groups, "cpu", "cpu.cfs_quota_us"), Path(groups, "cpu", "cpu.cfs_period_us")]
-    with contextlib.suppress(OSError, ValueError):      # version 1
-        quota, period = (int(path.read_text()) for path in quotas)
-        there = min(there, math.ceil(quota / period)) if quota > 0 else there
+    for group in around(groups, own, "cpu"):            # version 1
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((group / f"cpu.cfs_{name}_us").read_text())
+                             for name in ("quota", "period"))
+            there = min(there, math.ceil(quota / period)) if quota > 0 else there
     for group in around(groups, own):                   # version 2
         with contextlib.suppress(OSError, ValueError):
             quota, period = map(int, (group / "cpu.max").read_text().split())
@@ -304,8 +306,10 @@ def guard(args):
         raise
     except OSError as error:
         where = error.filename or "standard output, or a file"
-        fail(f"{where}: {error.strerror or error}; all that was finished is "
-             f"kept: mend that, and {again(args)} goes on")
+        gone = error.filename and not Path(os.fsdecode(error.filename)).parent.exists()
+        fail(f"{where}: {error.strerror or error}; " + (
+            f"its folder is gone: put it back, or {again(args)} begins anew" if gone else
+            f"all that was finished is kept: mend that, and {again(args)} goes on"))
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):

@@ -257,8 +257,9 @@ def taught(term, logits, silent):
     if gradient.abs().max() * len(logits) > 1e-5:       # rounding alone leaves 1e-8
         silent.clear()
     elif silent.append(1) or len(silent) > 20:
-        flags.fail("the teacher's term has no gradient on the student: teacher and student see the "
-                   "same and say the same; give --augment, --noise, --ema-decay or another teacher")
+        flags.fail("the teacher's term has no gradient on the student: both see and say the same, "
+                   "or --temperature leaves nothing of it; give --augment, --noise, --ema-decay, "
+                   "another --temperature or another teacher")
 
 
 def kd_objective(args, teacher):

@@ -176,20 +176,28 @@ def problem(path, file):
 @contextlib.contextmanager
 def alone(folder):
     """Let one process at a time work in a folder, the others wait. The lock ends with the process,
-    however that ends, and leaves no file behind."""
-    handle = None
+    however that ends, and leaves no file behind; nor does a folder stay that was made for it, where
+    nothing came into it."""
+    handle, made = None, [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         # Without a folder to write in, or locks on this file system, there is nothing to guard.
         with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{folder}: waiting for another process that is filling it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            while handle is None:
+                os.makedirs(folder, exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f"{folder}: waiting for another process that is filling it")
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                if not folder.exists():     # the other one had no use for it
+                    os.close(handle)
+                    handle = None
         yield
     finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
         if handle is not None:
             os.close(handle)
 

@@ -1,36 +1,25 @@
-"""The flags of all scripts: what each may be, one line where it is not, and how a script ends. No
-torch, so that it loads at once. Their defaults are in recipes.py.
+"""The flags of all scripts: what each may be, one line where it is not. No torch, so that it loads
+at once. Their defaults are in recipes.py; how a script ends is in launch.py.
 """
-import os
-import signal
-import sys
-
-
-def answer_early(main):
-    """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
-    launch() takes over. main: the module that was started. Elsewhere this does nothing."""
-    file, own = getattr(main, "__file__", None), os.path.realpath(__file__)
-    ours = file and os.path.dirname(os.path.realpath(file)) == os.path.dirname(own)
-    if ours and "IPython" not in sys.modules:       # a notebook's kernel lives on
-        def leave(number, _):
-            os.write(2, b"error: stopped; nothing was begun, start it again\n")
-            os._exit(128 + number)
-
-        for number, usual in ((signal.SIGINT, signal.default_int_handler),
-                              (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) is usual:       # in the background Ctrl-C is ignored
-                signal.signal(number, leave)
-
-
-answer_early(sys.modules["__main__"])       # before anything that takes longer to import
+from launch import (  # noqa: F401, I001    first: it answers Ctrl-C before the rest is imported
+    BEGUN,
+    ENDINGS,
+    PARENT,
+    again,
+    fail,
+    in_kernel,
+    launch,
+    plain,
+    say,
+    stopped,
+)
 
 import argparse
-import contextlib
 import math
+import os
 import re
+import sys
 import textwrap
-
-from tqdm import tqdm
 
 from recipes import (  # noqa: F401
     DEFAULTS,
@@ -41,110 +30,6 @@ from recipes import (  # noqa: F401
     settings,
 )
 
-# ---- flags ------------------------------------------------------------------------------------
-
-PARENT = os.getppid()                   # torchrun, where it started this process
-# torchrun's number of this process; clusters leave one behind where there are no others
-RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-RANK = int(RANK) if RANK.isdecimal() else 0
-
-
-def plain(text):
-    """Return a name from outside as text that any terminal or file takes: newlines, escape codes
-    and undecodable bytes written out as \\n, \\x1b, \\udcff."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def fail(message, code=2):
-    """Print one line on stderr and leave: 2 for bad input, 3 for a loss that is not finite."""
-    text = f"process {RANK}: {message}" if RANK else str(message)       # each may fail alone
-    text = text if len(text) < 3000 else f"{text[:2000]} … {text[-900:]}"
-    # In one piece: of several processes each may write.
-    with contextlib.suppress(OSError):      # no room where it goes: the code says it, too
-        tqdm.write(f"error: {plain(text)}\n", file=sys.stderr, end="")
-    raise SystemExit(code)
-
-
-ENDINGS = []    # what a script does once its work is done: device.join leaves the other processes
-BEGUN = []      # of a run that has begun: where, and how it goes on when it is stopped
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does, but for the exit code."""
-
-
-def again(args):
-    """Return how a run goes on: --overwrite beside --resume would start it again."""
-    if "resume" not in vars(args):
-        return "the same command"
-    flag = " with --resume" * (args.overwrite or not args.resume)
-    return "the same command" + flag + " in place of --overwrite" * bool(args.overwrite)
-
-
-def stopped(error, where, way_on):
-    """Leave after Ctrl-C or SIGTERM, with a line that says how to go on."""
-    fail(f"{where}stopped; {way_on}", 143 if isinstance(error, Terminated) else 130)
-
-
-def launch(main):
-    """Run a script's main as a program: Ctrl-C and SIGTERM end it with a line, not a traceback."""
-    def nothing(number, _):     # to ignore would not do: another may be on its way already
-        pass
-
-    def stop(number, _):
-        for each in (signal.SIGINT, signal.SIGTERM):    # a second one must not break what cleans up
-            signal.signal(each, nothing)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-
-    def silence():          # all is said and whole: a stop needs no words from here on
-        for each, usual in found.items():
-            if "IPython" in sys.modules:        # %run: it lives on, and has its own
-                signal.signal(each, usual or signal.SIG_DFL)
-            elif signal.getsignal(each) is stop:
-                signal.signal(each, signal.SIG_DFL)
-            elif signal.getsignal(each) is nothing:     # functions do not last to Python's end
-                signal.signal(each, signal.SIG_IGN)
-
-    signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # in the background
-        signal.signal(signal.SIGINT, stop)
-    for name in ("stdout", "stderr"):       # closed; or of an encoding that lacks × and ²
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        if hasattr(stream, "reconfigure"):      # a notebook's %run has none
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
-    try:
-        try:
-            main()
-            sys.stdout.flush()
-            silence()
-            for end in ENDINGS:
-                end()
-        except BrokenPipeError:     # who reads what is printed has gone, as `| head` does
-            os._exit(141)
-        except OSError as error:    # no room where it is printed
-            sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-            fail(f"{error.filename or 'standard output'}: {error.strerror or error}; mend that")
-        except KeyboardInterrupt as error:
-            stopped(error, *(BEGUN or ("", "nothing was begun that is not whole; start it again")))
-    except SystemExit as error:
-        silence()
-        if ENDINGS and error.code:      # others may never answer, so do not wait for them
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            os._exit(error.code)
-        raise
-
-
-def say(line):
-    """Print a line, or some, on stdout, above a progress bar if there is one; of several processes
-    one. What it says of files may hold anything."""
-    if not RANK:
-        tqdm.write("\n".join(map(plain, line.split("\n"))), file=sys.stdout)
-        sys.stdout.flush()
-
 
 def words(argv):
     """Return the words of a command line; inside a notebook sys.argv is the kernel's, not ours."""
@@ -153,12 +38,6 @@ def words(argv):
     if argv is None:
         argv = [] if in_kernel() else sys.argv[1:]
     return [str(word) for word in argv]
-
-
-def in_kernel():
-    """Return whether sys.argv is that of a notebook's kernel: ipykernel_launcher.py, on Colab
-    colab_kernel_launcher.py, or ipykernel/__main__.py. After %run it is the script's own."""
-    return any(word in sys.argv[0] for word in ("ipykernel", "kernel_launcher"))
 
 
 def narrow(doc, width=80):
@@ -226,6 +105,14 @@ def a_path(text):
     if wrong:
         raise argparse.ArgumentTypeError(f"{text[:99]!r} cannot be a path here ({wrong})")
     return text
+
+
+def could_be_a_path(text):
+    """Return whether a text from a file may name one."""
+    try:
+        return "\0" not in text and bool(os.fsencode(f"/{text}"))
+    except UnicodeEncodeError:
+        return False
 
 
 def a_file(text):

@@ -9,7 +9,8 @@
 The page is one file: test images with prediction and truth, first-layer filters, the most confident
 mistakes, saliency maps, what each class wants to see, and two networks on the same images.
 """
-from flags import FLAGS, Parser, a_file, a_path, fail, launch, number, plain, say, words  # noqa: I001
+from flags import (  # noqa: I001
+    FLAGS, Parser, a_file, a_path, could_be_a_path, fail, launch, number, plain, say, words)
 import html
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,14 +72,12 @@ def read_config(file):
         fail(f"{path}: no such file, and only it names the test images of {file.name}; give the "
              "whole folder of a run, or pictures of your own: look.py predict RUN IMAGE")
     config = read_json(path)
-    for key in ("dataset", "data_dir", "data_key"):
-        if key not in config:
-            fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
     for key in ("dataset", "data_dir", "data_key", "teacher", "teacher_sha256"):
-        kinds = str | None if key.startswith("teacher") else str
-        if not isinstance(config.get(key, ""), kinds):
-            fail(f"{path}: {key} is {config[key]!r}, no text; train this run again with "
-                 "--overwrite")
+        value, needed = config.get(key), not key.startswith("teacher")
+        if needed and key not in config:
+            fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
+        if not isinstance(value, str if needed else str | None) or not could_be_a_path(value or ""):
+            fail(f"{path}: {key} is {value!r}, no text; train this run again with --overwrite")
     return config
 
 

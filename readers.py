@@ -303,10 +303,10 @@ def sum_of(facts):
 
 def could_be(facts, arrays):
     """Return whether what is said of arrays makes sense, whose sum may be as new as a change."""
-    mean, std, classes = facts["mean"], facts["std"], facts["classes"]
-    return (len(mean) == len(std) == 3 and min(std) > 0
+    mean, std, classes, skipped = (facts[key] for key in ("mean", "std", "classes", "skipped"))
+    return (type(skipped) is type(classes) is list and len(mean) == len(std) == 3 and min(std) > 0
+            and {*map(type, skipped)} <= {str} == {*map(type, classes)}
             and all(type(v) in (int, float) and -1e18 < v < 1e18 for v in mean + std)
-            and isinstance(classes, list) and {*map(type, classes)} == {str}
             and all(labels.min() >= 0 and labels.max() < len(classes) for labels in (
                 arrays["train_labels"], arrays["test_labels"])))
 

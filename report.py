@@ -245,7 +245,7 @@ def publish(flags):
         target.mkdir(parents=True, exist_ok=True)
         for path in made:
             write_whole(target / path.name, path.read_bytes())
-        print(f"published in {target}")
+        print(f"published in {plain(target)}")
         return {"sweep": flags.sweep}
     report = write(flags)
     source = Path(flags.results_dir) / flags.recipe
@@ -257,7 +257,7 @@ def publish(flags):
         if small or not file.endswith(("curves.png", "details.png", SUMS)):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             write_whole(target / file, (source / file).read_bytes())
-    print(f"published in {target}")
+    print(f"published in {plain(target)}")
     for old in sorted(path.name for path in target.iterdir() if path.is_dir()):
         if old not in names:
             print(f"{plain(target / old)} is not among these runs: remove it if it should not stay")
@@ -338,7 +338,7 @@ def page(args):
             lists[path.stem] = header, lines
     text = render.html_page(root, reports, sweeps, lists)
     write_whole(root / "report.html", text.encode(errors="backslashreplace"))
-    print(f"page     {root / 'report.html'}, {len(text) / 1e6:.1f} MB")
+    print(f"page     {plain(root / 'report.html')}, {len(text) / 1e6:.1f} MB")
     return {"page": str(root / "report.html"), "recipes": [found["recipe"] for found in reports],
             "sweeps": [path.name for path in sweeps]}
 

@@ -46,12 +46,11 @@ CONFIGS = {}    # ... -> the bytes of its config.json, as long
 # ---- writing ----------------------------------------------------------------------------------
 
 def write_whole(path, data):
-    """Write bytes so that the file is either as it was or whole: aside, synced, then moved.
-
-    An OSError (a full disk, a folder that vanished) names the file, and leaves nothing beside it.
-    """
-    aside = path.with_name(f".{path.name}.part")
-    if path.parent in HELD and path.parent.is_dir() and not os.path.samestat(
+    """Write bytes so that the file is either as it was or whole: aside, synced, then moved. An
+    OSError (a full disk, a folder that vanished) names the file, and leaves nothing beside it."""
+    alone = path.parent in HELD         # else two processes may write it at the same time
+    aside = path.with_name(f".{path.name}{'' if alone else os.getpid()}.part")
+    if alone and path.parent.is_dir() and not os.path.samestat(
             os.fstat(HELD[path.parent]), os.stat(path.parent)):
         fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
              "another process made this one; nothing is written here")
@@ -128,21 +127,21 @@ def damage(path):
         return "a folder; give its best.pt" if path.is_dir() else "no such file"
     try:
         with zipfile.ZipFile(path) as bundle:
-            # Torch packs nothing; what is packed may unpack to any size.
-            packed = [info.filename for info in bundle.infolist() if info.compress_type]
-            wrong = f"{packed[0]!r} in it is packed" if packed else bundle.testzip()
-            if not any(name.endswith("data.pkl") for name in bundle.namelist()):
-                wrong = "no data.pkl in it, as torch.save writes"
+            # Torch packs nothing; what is packed, or in it often, may unpack to any size.
+            infos = bundle.infolist()
+            packed = [info.filename for info in infos if info.compress_type]
+            wrong = f"{packed[0]!r} in it is packed" if packed else "its parts overlap" if (
+                sum(info.file_size for info in infos) > path.stat().st_size) else bundle.testzip()
+            if [info.filename[-8:] for info in infos].count("data.pkl") != 1:
+                wrong = "no data.pkl in it, as torch.save writes, or two"
     except Exception as error:      # what flipped bits lead to is of many kinds
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2) == b"\x80\x02":
-                return ("in PyTorch's format of before 1.6, which has no checksums; ask for a new "
-                        "copy, or torch.load it with weights_only=True and torch.save it again")
+                return "in PyTorch's format of before 1.6, without checksums; ask for a newer copy"
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"
         wrong = str(error) or type(error).__name__
-    return wrong and (f"cut short or damaged ({wrong}); take a whole copy, or train it again with "
-                      "--overwrite")
+    return wrong and f"cut short or damaged ({wrong}); take a whole copy, or train with --overwrite"
 
 
 def read_json(path):

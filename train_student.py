@@ -153,8 +153,8 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
                            job.facts, average, plots.draw_curves)
         flags.BEGUN.clear()
         return final
-    except KeyboardInterrupt as error:
-        flags.stopped(error, *told)
+    except KeyboardInterrupt:
+        flags.stopped(*told)
     finally:
         if lock is not None:
             runs.release(job.folder, lock)

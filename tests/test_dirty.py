@@ -99,7 +99,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch, inside):
 
 
 def test_other_damage_than_pil_knows_of_is_refused_too(folder, capsys, monkeypatch):
-    def odd(image):
+    def odd(*_):
         raise IndexError("list index out of range")
 
     monkeypatch.setattr(decode, "to_rgb", odd)

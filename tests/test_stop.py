@@ -137,7 +137,7 @@ def test_both_stops_at_the_same_time(first, code):
 
 @pytest.mark.parametrize("script", ["calc.py", "report.py", "train_student.py"])
 def test_ctrl_c_is_answered_before_the_rest_is_imported(script):
-    """A stop as soon as flags.py has set its answer, before it imports anything else."""
+    """A stop as soon as launch.py has set its answer, before it imports anything else."""
     done = subprocess.run([sys.executable, "-c", f"""if True:
         import os, runpy, signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)
