@@ -49,14 +49,15 @@ BESIDE = tests("beside", "calibration", "confusion", "agreement")
 TARGETS = {
     "distill": dict.fromkeys((
         "kd_loss", "consistency_loss", "class_cost", "ramp_up", "taught", "kd_objective",
-        "consistency_objective"), LOSSES),
+        "consistency_objective"), LOSSES) | {"frozen_teacher": tests("fit", "a_frozen")},
     "train_student": {"hard_loss": LOSSES},
     "common": {
         "seed_for": tests("common", "seeds"), "make_average": EMA, "ema_update_": EMA,
         "ema_decay": EMA, "ema_reached": EMA, "evaluate": tests("common", "evaluate"),
         "schedule": tests("common", "onecycle", "the_other_schedules"),
         "make_optimizer": tests("common", "optimizer", "sgd"),
-        "train_epoch": EPOCH, "score": EPOCH},
+        "train_epoch": EPOCH, "score": EPOCH,
+        "fit": tests("fit", "a_fit"), "stop_unless_finite": tests("fit", "a_stop")},
     "runs": {"chance": tests("common", "chance"), "best_epoch": tests("common", "best_epoch")},
     "device": dict.fromkeys(("summed", "share_buffers_"), tests("processes", "a_sum")),
     "data": {"keep_labels": LABELS, **dict.fromkeys((
@@ -86,8 +87,6 @@ EQUIVALENT = {
     "taught: silent.append(1) or len(silent) > 20 -> silent.append(0) or len(silent) > 20": LIST,
     "taught: silent.append(1) or len(silent) > 20 -> silent.append(2) or len(silent) > 20": LIST,
     "seed_for: 1 -> 2": "the first word is the same however many are drawn",
-    "ema_reached: max(0, math.ceil((10 * decay - 1) / (1 - decay) - 1e-06)) -> max(0, math.ceil("
-    "(10 * decay - 1) / (1 - decay) - 1.0099999999999999e-06))": "against rounding: any size does",
     "count_macs: model.eval()(torch.zeros(1, *image_shape, device=device)) -> model.eval()("
     "torch.zeros(2, *image_shape, device=device))": "the outputs of one image are counted",
     "verdict: 'helps' if low > 0 else 'hurts' -> 'helps' if low >= 0 else 'hurts'":
@@ -96,14 +95,15 @@ EQUIVALENT = {
         "the default since torch 2.0",
     "train_epoch: hits.append((logits.detach().argmax(1) == batch.y).sum()) -> "
     "hits.append((logits.argmax(1) == batch.y).sum())": "an argmax has no gradient",
-    "Batches.draw: torch.rand(n, generator=g) < 0.5 -> torch.rand(n, generator=g) <= 0.5":
-        "one draw in 16 million is 0.5",
-    "disturb: torch.rand(step_size, 1, *shape[2:], generator=g, device=x.device)[mine] < share -> "
-    "torch.rand(step_size, 1, *shape[2:], generator=g, device=x.device)[mine] <= share":
-        "one draw in 16 million is the share",
     "Batches.look: x.to(self.device, non_blocking=True).float() * self.scale -> "
     "x.to(self.device, non_blocking=True) * self.scale": "uint8 times float32 is float32",
     "schedule: step <= peak -> step < peak": "at the peak both halves are 1",
+    "fit: sum((p.detach().float().norm() for p in model.parameters())).item() -> "
+    "sum((p.float().norm() for p in model.parameters())).item()": "item() is a number",
+    "fit: {k: v.detach().cpu().clone() for k, v in network.state_dict().items()} -> "
+    "{k: v.cpu().clone() for k, v in network.state_dict().items()}":
+        "what a state_dict holds is detached",
+    "fit: [value or 0.0] -> [value or 0.01]": "only whether it is finite counts",
 }
 
 # ---- what is changed --------------------------------------------------------------------------

@@ -156,6 +156,12 @@ def test_ema_warm_up():
         assert first == 0 or first / (9 + first) < decay
 
 
+@pytest.mark.parametrize("decay, first", [      # 1e-6 is taken for rounding, no more than that
+    (0.10000009044999092, 1), (0.10000008999, 0), (0.25000006281249476, 3), (0.2500000624, 2)])
+def test_ema_is_reached_an_update_later_from_a_millionth_on(decay, first):
+    assert common.ema_reached(decay) == first
+
+
 # ---- evaluate ---------------------------------------------------------------------------------
 
 def labelled(n, seed=0):

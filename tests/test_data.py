@@ -137,6 +137,13 @@ def test_where_a_view_looks_is_drawn_from_its_own_generator():
     assert torch.equal(found["flip"], torch.rand(2000, generator=g) < 0.5)
 
 
+def test_flip_needs_a_draw_below_a_half(monkeypatch):
+    for value, flipped in ((0.5, False), (np.nextafter(np.float32(0.5), np.float32(0)), True)):
+        monkeypatch.setattr(torch, "rand", lambda *size, value=value, **_: torch.full(
+            size, float(value)))
+        assert batches(split()).draw("view", 1)["flip"].tolist() == [flipped] * 40
+
+
 def test_another_view_of_the_same_images_comes_beside():
     images = split()
     single = batches(images, augment="flip-crop").epoch(3)
@@ -252,6 +259,15 @@ def test_noise_against_the_same_draws_one_image_at_a_time():
         if i in (1, 2, 3):
             expected[i][:, erased[row, 0]] = 0
     assert torch.equal(found, expected)
+
+
+def test_noise_erases_no_pixel_whose_draw_is_the_share(monkeypatch):
+    """With a share of 0 none at all, a draw of exactly 0 or not."""
+    x, lots = torch.ones(4, 3, 8, 8), torch.zeros(2, 4)
+    for value, share, left in ((0.0, 0.0, 1), (0.25, 0.25, 1), (0.25, 0.5, 0)):
+        monkeypatch.setattr(torch, "rand", lambda *size, value=value, **_: torch.full(size, value))
+        found = data.disturb(x, (0, 1, 1, share), lots, torch.Generator(), 4, slice(None))
+        assert (found == left).all()
 
 
 # ---- who is in an epoch -----------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Checkpoints whose pickle these scripts would not have written: PyTorch's own care lets some of it
+through that computes for hours, takes all memory, or ends Python without a word."""
+import pickle
+import struct
+import time
+import zipfile
+import zlib
+from collections import OrderedDict
+
+import pytest
+import tiny
+import torch
+
+import cards
+import common
+import distill
+import look
+import models
+import runs
+import train_student
+
+
+@pytest.fixture(scope="module")
+def best(chain):
+    return chain[0] / "digits" / "student-s0" / "best.pt"
+
+
+def rewritten(best, path, change):
+    """A copy of a checkpoint with another pickle: change(its bytes), or bytes."""
+    with zipfile.ZipFile(best) as had, zipfile.ZipFile(path, "w") as made:
+        for name in had.namelist():
+            data = had.read(name)
+            if name.endswith("data.pkl"):
+                data = change if isinstance(change, bytes) else change(data)
+            made.writestr(name, data)
+    return path
+
+
+def called(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def number(value):
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+DEEP = 10**6
+ODD = {     # what it holds -> its pickle, what is said
+    "a key of a million tuples": (b"\x80\x02}(" + b")" + b"\x85" * DEEP + b"K\x01u.", "SETITEMS"),
+    "one that is set alone": (b"\x80\x02})" + b"\x85" * DEEP + b"K\x01s.", "SETITEM"),
+    "pairs of an OrderedDict": (b"\x80\x02" + called("collections", "OrderedDict") + b"]((K\x01K"
+                                b"\x02te\x85R.", "REDUCE"),
+    "the name of a storage": (b"\x80\x02(X\x07\0\0\0storage" + called("torch", "FloatStorage")
+                              + b")" + b"\x85" * DEEP + b"X\x03\0\0\0cpuK\x01tQ.", "BINPERSID"),
+    "a set of 3 GB": (b"\x80\x02" + called("builtins", "set") + called("builtins", "bytearray")
+                      + number(3 * 10**9) + b"\x85R\x85R.", "builtins.set"),
+    "1 TB": (b"\x80\x02" + called("builtins", "bytearray") + number(10**12) + b"\x85R.",
+             "builtins.bytearray"),
+    "a set": (b"\x80\x02\x8f.", "EMPTY_SET"),
+    "an object": (b"\x80\x02" + called("collections", "OrderedDict") + b")\x81.", "NEWOBJ"),
+    "a name from the stack": (b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93.", "STACK_GLOBAL"),
+    "attributes of a list": (b"\x80\x02]}b.", "BUILD"),
+    "items of a number": (b"\x80\x02K\x01K\x02a.", "APPEND"),
+    "lists in one another": (b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".", "one another"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_these_scripts_do_not_write_is_refused_at_once(best, tmp_path, capsys, kind):
+    pickled, part = ODD[kind]
+    path, started = rewritten(best, tmp_path / "odd.pt", pickled), time.process_time()
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, "more than tensors", part)
+    assert time.process_time() - started < 30
+
+
+@pytest.mark.parametrize("pickled", [
+    b"\x80\x02\x85.", b"\x80\x02(K\x01\x85\x85R.", b"\x80\x02h\x05.", b"\x80\x02e.", b"\x80\x02a.",
+    b"\x80\x02K\x01", b"P", b"", b"\x80\x02}b.", b"\x80\x02K\x01Q."])
+def test_a_pickle_that_is_none_is_named(best, tmp_path, capsys, pickled):
+    path = rewritten(best, tmp_path / "odd.pt", pickled)
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path)
+
+
+def test_a_list_in_itself_is_not_followed(best, tmp_path, capsys):
+    held = []
+    held.append(held)
+    torch.save(tiny.load(best) | dict(classes=held), tmp_path / "odd.pt")
+    tiny.refused(capsys, look, ["predict", tmp_path / "odd.pt", "x.png"], "one another")
+
+
+def test_a_list_that_is_in_many_is_copied_once(best, tmp_path):
+    """Ten to the fifteenth, if each were followed."""
+    held = [1]
+    for _ in range(15):
+        held = [held] * 10
+    torch.save(tiny.load(best) | dict(more=held), tmp_path / "odd.pt")
+    assert common.load_checkpoint(tmp_path / "odd.pt")["recipe"] == "digits"
+
+
+class Dressed:
+    """A dict as an OrderedDict with attributes of its own, that shadow its methods."""
+
+    def __init__(self, held, attributes):
+        self.state = OrderedDict, (), attributes, None, iter(held.items())
+
+    def __reduce__(self):
+        return self.state
+
+
+@pytest.mark.parametrize("attributes", [
+    dict(items="x"), dict(items=OrderedDict), dict(keys="x"), dict(get="x"), dict(_metadata="x"),
+    dict(_metadata={"features.0": 7})])
+def test_attributes_of_a_dict_are_left_out(best, easy, tmp_path, capsys, attributes):
+    card, path = tiny.load(best), tmp_path / "best.pt"
+    torch.save(Dressed(card | dict(model=Dressed(card["model"], attributes),
+                                   build=Dressed(card["build"], attributes)), attributes), path)
+    network, read = models.load(path)
+    assert {*map(type, (read, read["model"], read["build"]))} == {dict}
+    assert tiny.same(dict(network.state_dict()), card["model"])
+    tiny.run(train_student, easy, tmp_path / "r", "--init-from", path, epochs=1)
+    spoiled = {name: torch.full_like(value, torch.nan) for name, value in card["model"].items()}
+    torch.save(card | dict(model=Dressed(spoiled, attributes)), path)
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, "not finite")
+
+
+def test_what_a_plain_save_writes_is_read(tmp_path):
+    """Of any network: state dicts with their metadata, BatchNorm's counts, an optimizer's state."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    kept = dict(model=network.state_dict(), optimizer=optimizer.state_dict(), shape=(1, 2, 3),
+                many=list(range(300)), words={"é": None, 5: -1e300, "long": "x" * 300, "": 10**12},
+                truth=[True, False], half=torch.ones(2).bfloat16(), whole=torch.arange(70000))
+    torch.save(kept, tmp_path / "x.pt")
+    back = common.load_checkpoint(tmp_path / "x.pt")
+    assert tiny.same(back, kept) and type(back["model"]) is dict
+
+
+@pytest.mark.parametrize("made", [
+    lambda x: torch.nested.nested_tensor([x, x]), torch.Tensor.to_sparse, lambda x: x.to("meta"),
+    lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), torch.nn.Parameter])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_other_kinds_are_named(best, easy, results, tmp_path, capsys, made):
+    card, path = tiny.load(best), tmp_path / "odd.pt"
+    weights = card["model"] | {"classifier.3.weight": made(torch.zeros(2))}
+    torch.save(card | dict(model=weights), path)
+    tiny.refused(capsys, distill, tiny.words(easy, results, "--teacher", path), path, "rebuild")
+
+
+def overlapping(best, path, count):
+    """A zip file with so many parts that are the same 100 kB."""
+    name, data = b"best/data/x", bytes(10**5)
+    with zipfile.ZipFile(best) as had:
+        parts = [(info.filename.encode(), had.read(info)) for info in had.infolist()]
+    body, listed = b"", b""
+    for each, held in (*parts, (name, data)):
+        size = len(held)
+        facts = struct.pack("<HHHIIIHH", 0, 0, 0, zlib.crc32(held), size, size, len(each), 0)
+        again = count if each == name else 1
+        listed += (b"PK\1\2" + struct.pack("<HHH", 20, 20, 0) + facts
+                   + struct.pack("<HHHII", 0, 0, 0, 0, len(body)) + each) * again
+        body += b"PK\3\4" + struct.pack("<HH", 20, 0) + facts + each + held
+    total = len(parts) + count
+    path.write_bytes(body + listed + b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, total, total,
+                                                             len(listed), len(body), 0))
+    return path
+
+
+def test_parts_that_lie_in_one_place_are_not_read_each(best, tmp_path, capsys):
+    assert runs.damage(overlapping(best, tmp_path / "one.pt", 1)) is None
+    path = overlapping(best, tmp_path / "many.pt", 20000)
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, "overlap")
+
+
+def test_two_pickles_are_one_too_many(best, tmp_path, capsys):
+    path = tmp_path / "two.pt"
+    path.write_bytes(best.read_bytes())
+    with zipfile.ZipFile(path, "a") as bundle:
+        bundle.writestr("other/data.pkl", b"\x80\x02}.")
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, "or two")
+
+
+def test_a_pickle_of_any_length_is_not_searched(best, tmp_path, capsys):
+    pickled = b"\x80\x02" + b"K\x010" * (cards.LARGEST // 3) + b"N."
+    path = rewritten(best, tmp_path / "long.pt", pickled)
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, str(cards.LARGEST))
+
+
+@pytest.mark.parametrize("epoch", [torch.zeros(3), True, 1.0, "1"])
+def test_an_epoch_that_is_no_number_is_not_gone_on_from(easy, tmp_path, capsys, epoch):
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    folder = tmp_path / "digits" / "student-s0"
+    state = tiny.load(folder / "checkpoint.pt")
+    state["history"][0]["epoch"] = epoch
+    common.save_checkpoint(folder / "checkpoint.pt", state)
+    for name in ("final.json", runs.SUMS):
+        (folder / name).unlink()
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--resume", epochs=1),
+                 folder / "checkpoint.pt", "epoch 1")
