@@ -452,6 +452,12 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
     ({"a/b/cpu.max": "400000 100000", "cpu.max": "900000 100000"}, "0::/a/b", 4),
     ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", 2),
     ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", 8),
+    *(({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+        "cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "100000"},
+       f"5:cpuset:/\n4:{listed}:/a/b c\n0::/x\n", 2) for listed in (
+        "cpu", "cpu,cpuacct", "cpuacct,cpu", "net_cls,cpu,cpuacct")),
+    ({"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "100000"},
+     "5:cpuset:/a\n4:cpuacct:/a\n", 8),
     ({"cpu.max": "nonsense"}, "0::/", 8)])
 def test_the_quota_of_a_cgroup_is_honoured(tmp_path, monkeypatch, files, own, expected):
     for name, text in files.items():

@@ -174,6 +174,32 @@ def test_floats_up_to_1_are_shares_of_white(tmp_path):
     assert (found[3, 4] == 255).all() and (found[0, 0] == 128).all()
 
 
+@pytest.mark.parametrize("levels, shown", [((0, 199), 0.77), ((0, 250), 0.97), ((0, 300), 1.17),
+                                           ((300, 32767), 127.5)])
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_white_of_a_grey_map_is_what_its_header_says(tmp_path, levels, shown, plain):
+    """Not what its brightest pixel suggests: Pillow gives a PGM of 16 bits as 32-bit integers."""
+    pixels = np.full((4, 4), levels[1], np.uint16)
+    pixels[0] = levels[0]
+    header = f"P{2 if plain else 5}\n4 4\n65535\n".encode()
+    body = " ".join(map(str, pixels.flat)).encode() if plain else pixels.astype(">u2").tobytes()
+    (tmp_path / "a.pgm").write_bytes(header + body)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = decode.read_image(tmp_path / "a.pgm", 4, "resize")
+    np.testing.assert_array_equal(found, decode.read_image(tmp_path / "a.png", 4, "resize"))
+    assert abs(found[3, 3, 0] - shown) <= 0.5
+
+
+def test_signed_16_bits_have_one_white(tmp_path):
+    for high in (200, 16384):       # TIFF: SampleFormat 2
+        path = tmp_path / f"{high}.tif"
+        Image.fromarray(np.full((4, 4), high, np.uint16)).save(path, tiffinfo={339: 2})
+        with Image.open(path) as image:
+            assert image.mode == "I"
+        found = decode.read_image(path, 4, "resize")
+        assert (found == round(255 * high / 32767)).all()
+
+
 # ---- --skip-bad -------------------------------------------------------------------------------
 
 def spoil(folder, *names):

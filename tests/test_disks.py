@@ -127,8 +127,23 @@ def test_a_folder_that_vanishes_ends_the_run(easy, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(train_student, "hard_loss", vanish)
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), tmp_path / RUN,
-                 "No such file or directory")
+                 "No such file or directory", "its folder is gone")
     assert not list(tmp_path.glob("digits*"))
+
+
+def test_two_processes_that_write_one_file_leave_it_whole(tmp_path, monkeypatch):
+    """The other one begins and ends while this one is about to move its file into place."""
+    path, replace = tmp_path / "report.md", os.replace
+
+    def late(aside, whole):
+        code = "import pathlib, runs, sys; runs.write_whole(pathlib.Path(sys.argv[1]), b'b')"
+        subprocess.run([sys.executable, "-c", code, path], cwd=HOUSE, check=True)
+        assert path.read_bytes() == b"b"
+        replace(aside, whole)
+
+    monkeypatch.setattr(os, "replace", late)
+    runs.write_whole(path, b"aa")
+    assert path.read_bytes() == b"aa" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, monkeypatch):

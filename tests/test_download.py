@@ -275,7 +275,8 @@ def test_an_archive_is_fetched_and_unpacked(published, server, root, capsys, mon
 
 
 def test_offline_the_message_names_files_checksums_addresses_and_places(
-        published, root, capsys, monkeypatch):
+        published, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "new"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"127.0.0.1:{free.getsockname()[1]}"       # bound, but not listening
@@ -286,7 +287,26 @@ def test_offline_the_message_names_files_checksums_addresses_and_places(
             tiny.refused(capsys, script, words(root), nobody, "refused", *(
                 part for file in files for part in (
                     root / file.name, file.md5, file.urls[0], f"{file.size} bytes")))
-    assert [path.name for path in root.iterdir() if path.name != ".arrays"] == [".download"]
+    assert not root.exists()        # nothing came, and nothing is left for it
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone_but_not_one_that_was_there(tmp_path):
+    """Also where another process waits for it: that makes it again."""
+    (tmp_path / "mine").mkdir()
+    with download.alone(tmp_path / "a/b/.download"), download.alone(tmp_path / "mine"):
+        assert (tmp_path / "a/b/.download").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with download.alone(tmp_path / "a/b"):
+        (tmp_path / "a/kept").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+    with download.alone(tmp_path / "c"):
+        code = ("import download, os, sys; from pathlib import Path; print(1, flush=True)\n"
+                "with download.alone(Path(sys.argv[1])): Path(sys.argv[1], 'x').touch()")
+        child = subprocess.Popen([sys.executable, "-c", code, tmp_path / "c"], text=True,
+                                 cwd=Path(common.__file__).parent, stdout=subprocess.PIPE)
+        assert child.stdout.readline() and "waiting" in child.stdout.readline()
+    child.communicate(timeout=30)
+    assert child.returncode == 0 and (tmp_path / "c" / "x").exists()
 
 
 def test_a_file_placed_by_hand_is_checked_and_named(published, server, root, capsys):

@@ -297,6 +297,10 @@ def test_bad_input(chain, easy, noise, tmp_path, capsys):
     for text, *parts in (("{", "config.json"), ("{}", "'dataset'"), ("[]", "'dataset'")):
         (bare / "config.json").write_text(text)
         tiny.refused(capsys, look, [bare], bare / "config.json", *parts)
+    known = dict(dataset="folder", data_dir="x", data_key="y")
+    for key, value in (("data_dir", "a\0b"), ("data_dir", "\ud800"), ("teacher", "a\0b")):
+        (bare / "config.json").write_text(json.dumps(known | {key: value}))
+        tiny.refused(capsys, look, [bare], bare / "config.json", key)
     assert not list(tmp_path.glob("*.html"))
 
 

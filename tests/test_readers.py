@@ -309,7 +309,8 @@ def test_damaged_arrays_are_made_again(folder, name, damage, capsys):
 @pytest.mark.parametrize("harm", [
     dict(classes=5), dict(classes=["a"]), dict(classes=[["a"], ["b"]]), dict(mean="abc"),
     dict(mean=[float("nan")] * 3), dict(mean=[0.5, 0.5]), dict(mean=[10**400, 0.5, 0.5]),
-    dict(std=[0, 0, 0]), "[" * 10**5])
+    dict(std=[0, 0, 0]), dict(skipped=7), dict(skipped={"a": 1}), dict(skipped=[1]),
+    dict(skipped=None), "[" * 10**5])
 def test_facts_of_arrays_that_cannot_be_are_made_again(folder, harm, capsys):
     """Also where they fit their own checksum, as whoever changed them may write a new one."""
     before = load(folder)
@@ -322,6 +323,18 @@ def test_facts_of_arrays_that_cannot_be_are_made_again(folder, harm, capsys):
     after = load(folder)
     assert (after.mean, after.std, after.classes) == (before.mean, before.std, before.classes)
     assert "made anew" in capsys.readouterr().out and json.loads(path.read_text()) == facts
+
+
+def test_what_was_left_out_cannot_be_anything(folder, capsys):
+    (folder / "train" / "red" / "0.png").write_text("no image")
+    load(folder, skip_bad=True)
+    path = folder / ".arrays" / kept(folder)[0] / "meta.json"
+    facts = json.loads(path.read_text())
+    for changed in (facts | dict(skipped=7), {k: v for k, v in facts.items() if k != "skipped"}):
+        path.write_text(json.dumps(changed | dict(sum=readers.sum_of(changed))))
+        capsys.readouterr()
+        load(folder, skip_bad=True)
+        assert "made anew" in capsys.readouterr().out and json.loads(path.read_text()) == facts
 
 
 def test_what_a_killed_process_had_begun_to_write_is_removed(folder, capsys):

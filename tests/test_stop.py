@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,62 @@ def test_both_stops_at_the_same_time(first, code):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         flags.launch(main)"""], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+
+
+SWALLOWED = {       # where a stop comes -> what a script does
+    "in the lock of a line": """
+        import tqdm.std
+        lock = tqdm.std.TqdmDefaultWriteLock
+        lock.acquire = lambda *args, usual=lock.acquire, **more: ask() or usual(*args, **more)
+        flags.say("a line")""",
+    "while that lock is made": """
+        import tqdm.std
+        lock = tqdm.std.TqdmDefaultWriteLock
+        lock.create_mp_lock = lambda usual=lock.create_mp_lock: ask() or usual()
+        flags.say("a line")""",
+    "in a callback": """
+        class Dropped:
+            def __del__(self):
+                ask()
+                for _ in range(1000): pass
+        thing = Dropped()
+        del thing
+        time.sleep(20)""",
+    "where all is caught": """
+        try: ask(); time.sleep(1)
+        except BaseException: pass
+        flags.say("a line")""",
+    "where it becomes another error": """
+        try: ask(); time.sleep(1)
+        except BaseException: raise ImportError("numpy failed to import") from None""",
+    "where it becomes a refusal": """
+        try: ask(); time.sleep(1)
+        except BaseException: flags.fail("another process ended", 1)""",
+    "twice": """
+        launch.IMPATIENT = 0.05
+        try: ask(); time.sleep(1)
+        except BaseException: pass
+        time.sleep(0.1)
+        ask()
+        time.sleep(20)"""}
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("where", SWALLOWED)
+def test_a_stop_that_a_library_loses_is_none_the_less(where, sent, code):
+    """It may be dropped, caught, or turned into another error by what it meets."""
+    text = f"""if True:
+        import flags, launch, os, signal, time
+        def ask():
+            os.kill(os.getpid(), {int(sent)})
+        def main():
+            {textwrap.indent(textwrap.dedent(SWALLOWED[where]), " " * 12)}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        flags.launch(main)"""
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("script", ["calc.py", "report.py", "train_student.py"])
