@@ -105,9 +105,10 @@ def launch(main):
     def dropped(found):     # in a callback, Python would print the stop and go on
         if not isinstance(found.exc_value, KeyboardInterrupt):
             return usual_hook(found)
-        again = threading.Timer(0.1, os.kill, (os.getpid(), ASKED.pop()[0]))
-        again.daemon = True
-        again.start()
+        number = ASKED.pop()[0] if ASKED else signal.SIGINT
+        once_more = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        once_more.daemon = True
+        once_more.start()
 
     ASKED.clear()
     usual_hook, sys.unraisablehook = sys.unraisablehook, dropped
@@ -120,6 +121,7 @@ def launch(main):
                 signal.signal(each, usual or signal.SIG_DFL)
             elif signal.getsignal(each) is answer:      # functions do not last to Python's end
                 signal.signal(each, signal.SIG_IGN if ASKED else signal.SIG_DFL)
+        ASKED.clear()
 
     signal.signal(signal.SIGTERM, answer)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:       # in the background
@@ -133,6 +135,7 @@ def launch(main):
         try:
             main()
             sys.stdout.flush()
+            stop()
             silence()
             for end in ENDINGS:
                 end()
@@ -146,8 +149,8 @@ def launch(main):
             sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")   # no room where it goes
             fail(f"{error.filename or 'standard output'}: {error.strerror or error}; mend that")
     except SystemExit as error:
-        silence()
         error.code = exit_code() if ASKED else error.code
+        silence()
         if ENDINGS and error.code:      # others may never answer, so do not wait for them
             with contextlib.suppress(OSError):
                 sys.stdout.flush()

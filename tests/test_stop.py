@@ -84,15 +84,17 @@ def test_who_reads_the_lines_may_leave(easy, tmp_path):
     child.stderr.close()
 
 
-@pytest.mark.parametrize("main", ["None", "flags.fail('of no use')"])
+@pytest.mark.parametrize("main", ["None", "flags.fail('of no use')",
+                                  "os.kill(os.getpid(), signal.SIGINT)"])
 def test_ipython_keeps_its_own_handlers_after_a_script(main):
-    code = (f"import signal, sys, types; sys.path.insert(0, {str(ROOT)!r})\n"
+    code = (f"import os, signal, sys, types; sys.path.insert(0, {str(ROOT)!r})\n"
             "sys.modules['IPython'] = types.ModuleType('IPython'); import flags\n"
             "ours = lambda *_: None\n"
             "for each in (signal.SIGINT, signal.SIGTERM): signal.signal(each, ours)\n"
             f"try: flags.launch(lambda: {main})\n"
             "except SystemExit: pass\n"
-            "assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is ours\n")
+            "assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is ours\n"
+            "flags.say('no stop is left over')\n")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -348,7 +350,7 @@ def test_a_run_is_stopped_while_it_decodes(tmp_path):
     until((images / ".arrays").exists, child)
     code, lines = stop(child, signal.SIGINT)
     assert (code, len(lines)) == (130, 1) and "start it again" in lines[0], lines
-    assert not any((images / ".arrays").iterdir()) and not results.exists()
+    assert not (images / ".arrays").exists() and not results.exists()
 
 
 def test_a_run_is_stopped_while_the_teacher_fills_the_cache(easy, results):
