@@ -84,7 +84,7 @@ def search(path):
         else:
             fine = name in ("PROTO", "STOP")
         if not fine:
-            raise Strange(name)
+            raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
 
 
 def plain(value, depth=0, made=None):
