@@ -2,6 +2,7 @@
 untrusted. No command of its own.
 """
 import hashlib
+import io
 import math
 import pickletools
 import reprlib
@@ -20,10 +21,15 @@ from runs import METRICS, SCHEMA, is_accuracy, this_version
 ORDERED, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 STORAGES = {f"torch {kind}Storage" for kind in (
     "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
-NAMES = {"BINUNICODE", "BININT", "BININT1", "BININT2"}      # what a key may be
-ATOMS = NAMES | {"NONE", "NEWTRUE", "NEWFALSE", "LONG1", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
+INTS = {"BININT", "BININT1", "BININT2", "LONG1"}
+NAMED = STORAGES | {ORDERED, TENSOR}
+NAMES = INTS - {"LONG1"} | {"BINUNICODE"}       # what a key may be
+TRUTH = {"NEWTRUE", "NEWFALSE"}
+ATOMS = INTS | NAMES | TRUTH | {"NONE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
-LARGEST = 2**24         # bytes beside the tensors; the metrics of 100 000 epochs are 11 million
+# Storage, offset, sizes, strides, whether it takes a gradient, hooks; a seventh is of other kinds.
+OF_TENSOR = {"a storage"}, INTS, {"ints"}, {"ints"}, TRUTH, {"a dict"}
+MOST = 2**22            # operations of a pickle; the metrics of 100 000 epochs take 3 million
 DEEPEST = 20            # of what is nested
 
 
@@ -31,14 +37,9 @@ class Strange(Exception):
     """What a file holds beside tensors and plain values."""
 
 
-def search(path):
-    """Raise Strange where the pickle in a checkpoint holds what these scripts do not write. Nothing
-    is made of it: of what its operations would put on a stack, only the kinds are kept."""
-    with zipfile.ZipFile(path) as bundle:
-        info = next(info for info in bundle.infolist() if info.filename.endswith("data.pkl"))
-        if info.file_size > LARGEST:
-            raise Strange(f"{info.file_size} bytes of them, more than {LARGEST}")
-        pickled = bundle.read(info)
+def search(pickled):
+    """Raise Strange where a checkpoint's pickle holds what these scripts do not write. Nothing is
+    made of it: of what its operations would put on a stack, only the kinds are kept."""
     stack, marks, memo = [], [0], {}        # stack: (kind, of a tuple the kinds of what is in it)
 
     def above(count=None):
@@ -49,17 +50,18 @@ def search(path):
         taken, stack[at:] = stack[at:], []
         return taken
 
-    for opcode, value, _ in pickletools.genops(pickled):
-        name, fine = opcode.name, True
+    for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
+        name, fine = opcode.name, count < MOST
         if name in ATOMS:
             stack.append((name, ()))
         elif name == "GLOBAL":
-            fine, name = value in STORAGES | {ORDERED, TENSOR}, value.replace(" ", ".")
+            fine, name = value in NAMED, value.replace(" ", ".")
             stack.append((value, ()))
         elif name == "MARK":
             marks.append(len(stack))
         elif name in TUPLES:
-            stack.append(("TUPLE", tuple(kind for kind, _ in above(TUPLES[name]))))
+            kinds = tuple(kind for kind, _ in above(TUPLES[name]))
+            stack.append(("ints" if INTS.issuperset(kinds) else "a tuple", kinds))
         elif name in ("APPEND", "APPENDS"):
             above(1 if name == "APPEND" else None)
             fine = stack[-1][0] == "EMPTY_LIST"
@@ -67,12 +69,12 @@ def search(path):
             keys = {kind for kind, _ in above(2 if name == "SETITEM" else None)[::2]}
             fine = keys <= NAMES and stack[-1][0] in ("EMPTY_DICT", "a dict")
         elif name == "REDUCE":
-            (called, _), given = above(2)
-            fine = called == TENSOR or (called, given) == (ORDERED, ("TUPLE", ()))
+            (called, _), (_, kinds) = above(2)
+            fine = called == ORDERED and not kinds or called == TENSOR and (
+                len(kinds) == 6 and all(map(set.__contains__, OF_TENSOR, kinds)))
             stack.append(("a tensor" if called == TENSOR else "a dict", ()))
         elif name == "BUILD":       # an OrderedDict's attributes, which plain() leaves out
-            above(1)
-            fine = stack[-1][0] == "a dict"
+            fine = above(1)[0][0] == "EMPTY_DICT" and stack[-1][0] == "a dict"
         elif name == "BINPERSID":
             _, kinds = above(1)[0]
             fine = len(kinds) == 5 and kinds[1] in STORAGES and {kinds[0], *kinds[2:]} <= NAMES
@@ -84,7 +86,8 @@ def search(path):
         else:
             fine = name in ("PROTO", "STOP")
         if not fine:
-            raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
+            raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle" if (
+                count < MOST) else f"more than {MOST} parts of its pickle")
 
 
 def plain(value, depth=0, made=None):
@@ -104,9 +107,20 @@ def plain(value, depth=0, made=None):
 
 
 def read(path):
-    """Return what torch.save wrote, on the CPU; an exception where there is more in it."""
-    search(path)
-    return plain(torch.load(path, map_location="cpu", weights_only=True))
+    """Return what torch.save wrote, on the CPU; an exception where there is more in it. PyTorch is
+    given what was searched: of an odd file its own reader may find another pickle."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(path) as had, zipfile.ZipFile(memory, "w") as searched:
+        names = had.namelist()
+        pickled = next(name for name in names if name.endswith("data.pkl"))
+        if len({name.lower() for name in names}) < len(names):
+            raise Strange("two parts of one name")
+        search(had.read(pickled))
+        for name in names:
+            if name.startswith(pickled.removesuffix("data.pkl")):
+                searched.writestr(name, had.read(name))
+    memory.seek(0)
+    return plain(torch.load(memory, map_location="cpu", weights_only=True))
 
 
 def unread(error):

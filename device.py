@@ -51,11 +51,14 @@ def pick_precision(name, device):
 def around(groups, own, controller=""):
     """Return the folders of this process's cgroup and of those that it lies in: a limit of any of
     them holds. controller: of version 1; none for version 2."""
+    there = os.listdir(groups) if os.path.isdir(groups) else ()
+    # The folder is "cpu,cpuacct" where no link is called cpu.
+    place = min((name for name in there if controller in name.split(",")), default=controller)
     line = rf"^\d+:(?:\S*,)?{controller}(?:,\S*)?:/(.*)$" if controller else "^0::/(.*)$"
     with contextlib.suppress(OSError, TypeError):       # no such file, or no such line
         path = Path(re.search(line, Path(own).read_text(), re.MULTILINE)[1])
-        return [Path(groups, controller, group) for group in (path, *path.parents)]
-    return [Path(groups, controller)] if controller else []
+        return [Path(groups, place, group) for group in (path, *path.parents)]
+    return [Path(groups, place)] if controller else []
 
 
 def cpus(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):

@@ -178,24 +178,28 @@ def alone(folder):
     """Let one process at a time work in a folder, the others wait. The lock ends with the process,
     however that ends, and leaves no file behind; nor does a folder stay that was made for it, where
     nothing came into it."""
-    handle, made = None, [path for path in (folder, *folder.parents) if not path.exists()]
+    handle, made = None, set()
     try:
         # Without a folder to write in, or locks on this file system, there is nothing to guard.
         with contextlib.suppress(OSError):
-            while handle is None:
-                os.makedirs(folder, exist_ok=True)
-                handle = os.open(folder, os.O_RDONLY)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    say(f"{folder}: waiting for another process that is filling it")
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                if not folder.exists():     # the other one had no use for it
+            for _ in range(1000):
+                made |= {path for path in (folder, *folder.parents) if not path.exists()}
+                with contextlib.suppress(FileNotFoundError):    # who made it had no use for it
+                    os.makedirs(folder, exist_ok=True)
+                    handle = os.open(folder, os.O_RDONLY)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        say(f"{folder}: waiting for another process that is filling it")
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                    if os.path.samestat(os.fstat(handle), os.stat(folder)):
+                        break
+                if handle is not None:
                     os.close(handle)
                     handle = None
         yield
     finally:
-        for path in made:
+        for path in sorted(made, reverse=True):     # what lies in another first
             with contextlib.suppress(OSError):
                 path.rmdir()
         if handle is not None:

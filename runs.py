@@ -180,7 +180,8 @@ def commit():
     with contextlib.suppress(OSError):      # no git: copied by hand, or into a notebook
         found = git(["git", "rev-parse", "HEAD", "HEAD:./runs.py"])
         if not found.returncode:            # else it is another project's
-            changed = git(["git", "diff", "--quiet", "HEAD", "--", ":(glob)*.py"]).returncode
+            changed = git(["git", "-c", "core.fileMode=false", "diff", "--quiet", "HEAD", "--",
+                           ":(glob)*.py"]).returncode
             return found.stdout.decode().split()[0] + "-dirty" * bool(changed)
     return None
 

@@ -458,6 +458,8 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, capsys):
         "cpu", "cpu,cpuacct", "cpuacct,cpu", "net_cls,cpu,cpuacct")),
     ({"cpu/a/cpu.cfs_quota_us": "150000", "cpu/a/cpu.cfs_period_us": "100000"},
      "5:cpuset:/a\n4:cpuacct:/a\n", 8),
+    ({"cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+      "cpuset/a/x": ""}, "5:cpuset:/\n4:cpu,cpuacct:/a\n", 2),
     ({"cpu.max": "nonsense"}, "0::/", 8)])
 def test_the_quota_of_a_cgroup_is_honoured(tmp_path, monkeypatch, files, own, expected):
     for name, text in files.items():

@@ -309,6 +309,25 @@ def test_a_folder_that_was_made_for_nothing_is_gone_but_not_one_that_was_there(t
     assert child.returncode == 0 and (tmp_path / "c" / "x").exists()
 
 
+def test_of_many_that_wait_for_a_folder_that_is_made_again_one_is_in(tmp_path):
+    """The lock that the second gets may be that of a folder which is no more."""
+    code = """if True:
+        import download, pathlib, sys, time
+        print(1, flush=True)
+        for _ in range(40):
+            with download.alone(pathlib.Path(sys.argv[1], "new")):
+                mark = pathlib.Path(sys.argv[1], "inside")
+                mark.touch(exist_ok=False)
+                time.sleep(0.002)
+                mark.unlink()"""
+    children = [subprocess.Popen([sys.executable, "-c", code, tmp_path], text=True,
+                                 cwd=Path(common.__file__).parent, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE) for _ in range(4)]
+    told = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [0] * 4, told
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_file_placed_by_hand_is_checked_and_named(published, server, root, capsys):
     file, = published("svhn", a=(BODY, "well"))
     for body, wrong in ((BODY[:-1], "cut short, 199999 of 200000"), (b"", "cut short, 0 of"),

@@ -61,6 +61,12 @@ ODD = {     # what it holds -> its pickle, what is said
     "an object": (b"\x80\x02" + called("collections", "OrderedDict") + b")\x81.", "NEWOBJ"),
     "a name from the stack": (b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93.", "STACK_GLOBAL"),
     "attributes of a list": (b"\x80\x02]}b.", "BUILD"),
+    "attributes in pairs": (b"\x80\x02" + called("collections", "OrderedDict") + b")R])"
+                            + b"\x85" * DEEP + b"K\x01\x86ab.", "BUILD"),
+    "attributes in a tuple of pairs": (
+        b"\x80\x02" + called("collections", "OrderedDict") + b")R)" + b"q\0h\0\x86" * 60
+        + b"K\x01\x86\x85b.", "BUILD"),
+    "millions of lists": (b"\x80\x02](" + b"]" * cards.MOST + b"e.", str(cards.MOST)),
     "items of a number": (b"\x80\x02K\x01K\x02a.", "APPEND"),
     "lists in one another": (b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".", "one another"),
 }
@@ -182,10 +188,43 @@ def test_two_pickles_are_one_too_many(best, tmp_path, capsys):
     tiny.refused(capsys, look, ["predict", path, "x.png"], path, "or two")
 
 
-def test_a_pickle_of_any_length_is_not_searched(best, tmp_path, capsys):
-    pickled = b"\x80\x02" + b"K\x010" * (cards.LARGEST // 3) + b"N."
-    path = rewritten(best, tmp_path / "long.pt", pickled)
-    tiny.refused(capsys, look, ["predict", path, "x.png"], path, str(cards.LARGEST))
+def parts(best):
+    with zipfile.ZipFile(best) as had:
+        return {name: had.read(name) for name in had.namelist()}
+
+
+def test_pytorch_is_given_the_pickle_that_was_searched(best, tmp_path, capsys):
+    """Its own reader takes no notice of letters' case, and reads what stands before a zip file."""
+    evil, held = ODD["a key of a million tuples"][0], parts(best)
+    with zipfile.ZipFile(tmp_path / "case.pt", "w") as made:
+        for name, data in held.items():
+            made.writestr(name.replace("data.pkl", "DATA.PKL"),
+                          evil if name.endswith("data.pkl") else data)
+        made.writestr("best/zz/data.pkl", b"\x80\x02}.")
+    tiny.refused(capsys, look, ["predict", tmp_path / "case.pt", "x.png"], "case.pt")
+    with zipfile.ZipFile(tmp_path / "twice.pt", "w") as made:
+        for name, data in held.items():
+            made.writestr(name, data)
+        made.writestr(next(iter(held)).upper(), evil)
+    tiny.refused(capsys, look, ["predict", tmp_path / "twice.pt", "x.png"], "two")
+    old = 0x1950a86a20f9469cfc6c, 1001, dict(protocol_version=1001, little_endian=True)
+    before = b"".join(pickle.dumps(part, 2) for part in old)
+    (tmp_path / "both.pt").write_bytes(before + evil + best.read_bytes())
+    assert tiny.same(common.load_checkpoint(tmp_path / "both.pt"), tiny.load(best))
+
+
+def test_a_tensor_has_storage_sizes_and_nothing_else(best, easy, results, tmp_path, capsys):
+    """A seventh argument may say that its numbers count as negative: not every operation can."""
+    card, path = tiny.load(best), tmp_path / "odd.pt"
+    model = {name: torch._neg_view(value) for name, value in card["model"].items()}
+    torch.save(card | dict(model=model), path)
+    tiny.refused(capsys, distill, tiny.words(easy, results, "--teacher", path), path, "REDUCE")
+    name = called("torch._utils", "_rebuild_tensor_v2")
+    held = next(iter(parts(best)[key] for key in parts(best) if key.endswith("data.pkl")))
+    for given in (b")", b"K\0K\0))\x89}t"[:0] + b"(K\0K\0))\x89}t", b"(]]]]]]t"):
+        rewritten(best, path, b"\x80\x02" + name + given + b"R.")
+        tiny.refused(capsys, look, ["predict", path, "x.png"], path, "REDUCE")
+    assert name in held
 
 
 @pytest.mark.parametrize("epoch", [torch.zeros(3), True, 1.0, "1"])

@@ -422,6 +422,7 @@ def test_a_commit_is_that_of_these_scripts_or_none(tmp_path):
     (house / "mine.py").write_text("")
     assert told() == commit                     # nothing that a run is made by
     (house / "runs.py").touch()
+    (house / "calc.py").chmod(0o755)
     assert told() == commit                     # looked at, and the same
     with open(house / "models.py", "a") as file:
         file.write("# mine")
