@@ -69,9 +69,9 @@ def search(pickled):
             keys = {kind for kind, _ in above(2 if name == "SETITEM" else None)[::2]}
             fine = keys <= NAMES and stack[-1][0] in ("EMPTY_DICT", "a dict")
         elif name == "REDUCE":
-            (called, _), (_, kinds) = above(2)
-            fine = called == ORDERED and not kinds or called == TENSOR and (
-                len(kinds) == 6 and all(map(set.__contains__, OF_TENSOR, kinds)))
+            (called, _), given = above(2)
+            fine = (called, given) == (ORDERED, ("ints", ())) or called == TENSOR and (
+                len(given[1]) == 6 and all(map(set.__contains__, OF_TENSOR, given[1])))
             stack.append(("a tensor" if called == TENSOR else "a dict", ()))
         elif name == "BUILD":       # an OrderedDict's attributes, which plain() leaves out
             fine = above(1)[0][0] == "EMPTY_DICT" and stack[-1][0] == "a dict"

@@ -51,6 +51,8 @@ ODD = {     # what it holds -> its pickle, what is said
     "one that is set alone": (b"\x80\x02})" + b"\x85" * DEEP + b"K\x01s.", "SETITEM"),
     "pairs of an OrderedDict": (b"\x80\x02" + called("collections", "OrderedDict") + b"]((K\x01K"
                                 b"\x02te\x85R.", "REDUCE"),
+    "a list of pairs of it": (b"\x80\x02" + called("collections", "OrderedDict") + b"]])" + b"\x85"
+                              * DEEP + b"K\x01\x86aaR.", "REDUCE"),
     "the name of a storage": (b"\x80\x02(X\x07\0\0\0storage" + called("torch", "FloatStorage")
                               + b")" + b"\x85" * DEEP + b"X\x03\0\0\0cpuK\x01tQ.", "BINPERSID"),
     "a set of 3 GB": (b"\x80\x02" + called("builtins", "set") + called("builtins", "bytearray")
