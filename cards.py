@@ -5,13 +5,12 @@ import hashlib
 import io
 import math
 import pickletools
-import reprlib
 import zipfile
 
 import torch
 
 from decode import FITS
-from flags import fail
+from flags import fail, shown
 from runs import METRICS, SCHEMA, is_accuracy, this_version
 
 # ---- the pickle in it -------------------------------------------------------------------------
@@ -29,7 +28,10 @@ ATOMS = INTS | NAMES | TRUTH | {"NONE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
 # Storage, offset, sizes, strides, whether it takes a gradient, hooks; a seventh is of other kinds.
 OF_TENSOR = {"a storage"}, INTS, {"ints"}, {"ints"}, TRUTH, {"a dict"}
-MOST = 2**22            # operations of a pickle; the metrics of 100 000 epochs take 3 million
+MADE = {"EMPTY_LIST", "EMPTY_DICT", "REDUCE", *TUPLES}
+MOST = 2**22, 2**18     # operations of a pickle, and what they make: 100 000 epochs take 3 million,
+                        # and make 100 000 dicts
+DIMENSIONS = 8          # of a tensor
 DEEPEST = 20            # of what is nested
 
 
@@ -41,6 +43,7 @@ def search(pickled):
     """Raise Strange where a checkpoint's pickle holds what these scripts do not write. Nothing is
     made of it: of what its operations would put on a stack, only the kinds are kept."""
     stack, marks, memo = [], [0], {}        # stack: (kind, of a tuple the kinds of what is in it)
+    made = 0
 
     def above(count=None):
         """Take what is above the last mark from the stack, or so many; return their kinds."""
@@ -51,7 +54,10 @@ def search(pickled):
         return taken
 
     for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
-        name, fine = opcode.name, count < MOST
+        name, fine, made = opcode.name, True, made + (opcode.name in MADE)
+        if count >= MOST[0] or made > MOST[1]:
+            raise Strange(f"more than {MOST[0]} operations of its pickle, or {MOST[1]} that make "
+                          "lists, dicts, tuples and tensors")
         if name in ATOMS:
             stack.append((name, ()))
         elif name == "GLOBAL":
@@ -61,7 +67,8 @@ def search(pickled):
             marks.append(len(stack))
         elif name in TUPLES:
             kinds = tuple(kind for kind, _ in above(TUPLES[name]))
-            stack.append(("ints" if INTS.issuperset(kinds) else "a tuple", kinds))
+            sizes = len(kinds) <= DIMENSIONS and INTS.issuperset(kinds)
+            stack.append(("ints" if sizes else "a tuple", kinds))
         elif name in ("APPEND", "APPENDS"):
             above(1 if name == "APPEND" else None)
             fine = stack[-1][0] == "EMPTY_LIST"
@@ -86,8 +93,7 @@ def search(pickled):
         else:
             fine = name in ("PROTO", "STOP")
         if not fine:
-            raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle" if (
-                count < MOST) else f"more than {MOST} parts of its pickle")
+            raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
 
 
 def plain(value, depth=0, made=None):
@@ -128,8 +134,9 @@ def unread(error):
     the error's kind."""
     text, kind = str(error), type(error).__name__
     if isinstance(error, Strange):
-        return f"holds more than tensors and plain values; not read: {text[:99]}"
-    return f"cannot be read ({text if text and 'weights_only' not in text else kind})"
+        return f"holds more than tensors and plain values; not read: {text[:120]}"
+    told = text if text and "weights_only" not in text else kind
+    return f"cannot be read ({told}); take a whole copy"
 
 
 # ---- what it says -----------------------------------------------------------------------------
@@ -140,7 +147,7 @@ def absurd(card, choices):
         return isinstance(values, (tuple, list)) and len(values) == 3 and all(
             type(v) in (int, float) and max(low, -1e30) <= v <= 1e30 for v in values)
 
-    spec, classes, show = card["build"], card["classes"], reprlib.repr      # short, of anything
+    spec, classes, show = card["build"], card["classes"], shown
     if not isinstance(spec, dict) or set(spec) != {*choices, "num_classes", "image_shape"}:
         return "does not say how to build the network"
     for flag, known in choices.items():
@@ -174,7 +181,7 @@ def unfit(weights, wanted):
     """Return what is wrong with weights, name -> tensor, for a network whose own are `wanted`."""
     if not isinstance(weights, dict) or set(weights) != set(wanted):
         odd = min(map(str, set(wanted) ^ set(weights))) if isinstance(weights, dict) else "all"
-        return f"weights that do not fit the network it names ({reprlib.repr(odd)})"
+        return f"weights that do not fit the network it names ({shown(odd)})"
     for name, value in weights.items():
         # A few bytes may claim to be a tensor of any size, each number of it the same.
         if not (isinstance(value, torch.Tensor) and value.layout is torch.strided
@@ -185,8 +192,9 @@ def unfit(weights, wanted):
         if value.shape != wanted[name].shape:
             return (f"weights that do not fit the network it names ({name} is "
                     f"{tuple(value.shape)}, not {tuple(wanted[name].shape)})")
-        if not value.isfinite().all() or name.endswith("running_var") and value.min() < 0:
-            return f"{name} holds values that are not finite, or negative variances"
+        if not value.isfinite().all() or value.min() < 0 and name.endswith(
+                ("running_var", "exp_avg_sq", "step")):
+            return f"{name} holds values that are not finite, or below 0 where none can be"
     return None
 
 
@@ -228,7 +236,7 @@ def unsound(state, settings, networks, optimizer, epochs):
         for key, value in row.items():
             known = history[0][key] is not None or not ("val_" in key and value is None)
             if known and not could_be(key, value):
-                return f"says {reprlib.repr(value)} of {key} in epoch {number}"
+                return f"says {shown(value)} of {key} in epoch {number}"
     for what in ("networks", "best"):
         for name, network in networks.items():
             kept = state.get(what)

@@ -18,6 +18,7 @@ import argparse
 import math
 import os
 import re
+import reprlib
 import sys
 import textwrap
 
@@ -105,6 +106,17 @@ def a_path(text):
     if wrong:
         raise argparse.ArgumentTypeError(f"{text[:99]!r} cannot be a path here ({wrong})")
     return text
+
+
+class Short(reprlib.Repr):
+    """Values from a file in a few words. Of a tensor no numbers: a few bytes may claim to be any
+    number of them."""
+
+    def repr_Tensor(self, value, _):        # noqa: N802    the name that reprlib asks for
+        return f"a tensor of {value.dim()} dimensions"
+
+
+shown = Short().repr
 
 
 def could_be_a_path(text):

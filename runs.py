@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import subprocess
 import zipfile
 import zlib
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import DEFAULTS, fail, plain_name, say
+from flags import DEFAULTS, fail, plain_name, say, shown
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
 # What may differ between two calls for the same run: where things lie, and what to do about it.
@@ -161,7 +160,7 @@ def refuse_version(path, known, way_out):
     """Leave with one line where what a file holds is of another schema, or says none."""
     if not this_version(known.get("schema")):
         fail(f"{path}: written by another version of these scripts (schema "
-             f"{reprlib.repr(known.get('schema'))}, now {SCHEMA}); {way_out}")
+             f"{shown(known.get('schema'))}, now {SCHEMA}); {way_out}")
 
 
 def is_accuracy(value):

@@ -45,9 +45,9 @@ def number(value):
     return b"\x8a" + bytes([len(data)]) + data
 
 
-DEEP = 10**6
+DEEP = 2 * 10**5
 ODD = {     # what it holds -> its pickle, what is said
-    "a key of a million tuples": (b"\x80\x02}(" + b")" + b"\x85" * DEEP + b"K\x01u.", "SETITEMS"),
+    "a key of many tuples": (b"\x80\x02}(" + b")" + b"\x85" * DEEP + b"K\x01u.", "SETITEMS"),
     "one that is set alone": (b"\x80\x02})" + b"\x85" * DEEP + b"K\x01s.", "SETITEM"),
     "pairs of an OrderedDict": (b"\x80\x02" + called("collections", "OrderedDict") + b"]((K\x01K"
                                 b"\x02te\x85R.", "REDUCE"),
@@ -68,7 +68,8 @@ ODD = {     # what it holds -> its pickle, what is said
     "attributes in a tuple of pairs": (
         b"\x80\x02" + called("collections", "OrderedDict") + b")R)" + b"q\0h\0\x86" * 60
         + b"K\x01\x86\x85b.", "BUILD"),
-    "millions of lists": (b"\x80\x02](" + b"]" * cards.MOST + b"e.", str(cards.MOST)),
+    "many lists": (b"\x80\x02](" + b"]" * cards.MOST[1] + b"e.", str(cards.MOST[1])),
+    "many numbers": (b"\x80\x02](" + b"K\x01" * cards.MOST[0] + b"e.", str(cards.MOST[0])),
     "items of a number": (b"\x80\x02K\x01K\x02a.", "APPEND"),
     "lists in one another": (b"\x80\x02" + b"]" * DEEP + b"a" * (DEEP - 1) + b".", "one another"),
 }
@@ -197,7 +198,7 @@ def parts(best):
 
 def test_pytorch_is_given_the_pickle_that_was_searched(best, tmp_path, capsys):
     """Its own reader takes no notice of letters' case, and reads what stands before a zip file."""
-    evil, held = ODD["a key of a million tuples"][0], parts(best)
+    evil, held = ODD["a key of many tuples"][0], parts(best)
     with zipfile.ZipFile(tmp_path / "case.pt", "w") as made:
         for name, data in held.items():
             made.writestr(name.replace("data.pkl", "DATA.PKL"),
@@ -229,6 +230,26 @@ def test_a_tensor_has_storage_sizes_and_nothing_else(best, easy, results, tmp_pa
     assert name in held
 
 
+def test_numbers_of_a_tensor_are_not_printed(best, easy, tmp_path, capsys):
+    """Four bytes that claim to be ten thousand million numbers, of which a summary shows most."""
+    huge, card, path = torch.zeros(1).expand((7,) * 8), tiny.load(best), tmp_path / "odd.pt"
+    for change in (dict(schema=huge), dict(build=card["build"] | dict(arch=huge)),
+                   dict(epoch=[huge]), dict(classes=(huge,) * 4), dict(mean=[huge] * 3)):
+        torch.save(card | change, path)
+        started = time.process_time()
+        tiny.refused(capsys, look, ["predict", path, "x.png"], path, "a tensor of 8 dimensions")
+        assert time.process_time() - started < 5
+
+
+def test_a_tensor_of_thousands_of_dimensions_is_not_made(best, tmp_path, capsys):
+    """Each takes memory for its sizes, whatever it holds."""
+    card, path = tiny.load(best), tmp_path / "odd.pt"
+    torch.save(card | dict(more=torch.zeros((1,) * 20000)), path)
+    tiny.refused(capsys, look, ["predict", path, "x.png"], path, "REDUCE")
+    torch.save(card | dict(more=torch.zeros((1,) * 8)), path)
+    assert common.load_checkpoint(path)["more"].dim() == 8
+
+
 @pytest.mark.parametrize("epoch", [torch.zeros(3), True, 1.0, "1"])
 def test_an_epoch_that_is_no_number_is_not_gone_on_from(easy, tmp_path, capsys, epoch):
     tiny.run(train_student, easy, tmp_path, epochs=1)
@@ -240,3 +261,16 @@ def test_an_epoch_that_is_no_number_is_not_gone_on_from(easy, tmp_path, capsys, 
         (folder / name).unlink()
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--resume", epochs=1),
                  folder / "checkpoint.pt", "epoch 1")
+
+
+@pytest.mark.parametrize("name", ["step", "exp_avg_sq"])
+def test_an_optimizer_that_cannot_be_is_not_gone_on_with(easy, tmp_path, capsys, name):
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    folder = tmp_path / "digits" / "student-s0"
+    state = tiny.load(folder / "checkpoint.pt")
+    state["optimizer"]["state"][0][name] -= 70
+    common.save_checkpoint(folder / "checkpoint.pt", state)
+    for file in ("final.json", runs.SUMS):
+        (folder / file).unlink()
+    tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--resume", epochs=1),
+                 folder / "checkpoint.pt", name, "below 0")
