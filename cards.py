@@ -22,6 +22,7 @@ STORAGES = {f"torch {kind}Storage" for kind in (
     "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
 INTS = {"BININT", "BININT1", "BININT2", "LONG1"}
 NAMED = STORAGES | {ORDERED, TENSOR}
+PARTS = NAMED | {"a storage", "parts"}          # of a tensor, and of nothing else
 NAMES = INTS - {"LONG1"} | {"BINUNICODE"}       # what a key may be
 TRUTH = {"NEWTRUE", "NEWFALSE"}
 ATOMS = INTS | NAMES | TRUTH | {"NONE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
@@ -68,13 +69,15 @@ def search(pickled):
         elif name in TUPLES:
             kinds = tuple(kind for kind, _ in above(TUPLES[name]))
             sizes = len(kinds) <= DIMENSIONS and INTS.issuperset(kinds)
-            stack.append(("ints" if sizes else "a tuple", kinds))
+            kind = "ints" if sizes else "a tuple" if PARTS.isdisjoint(kinds) else "parts"
+            stack.append((kind, kinds))
         elif name in ("APPEND", "APPENDS"):
-            above(1 if name == "APPEND" else None)
-            fine = stack[-1][0] == "EMPTY_LIST"
+            kinds = {kind for kind, _ in above(1 if name == "APPEND" else None)}
+            fine = stack[-1][0] == "EMPTY_LIST" and PARTS.isdisjoint(kinds)
         elif name in ("SETITEM", "SETITEMS"):
-            keys = {kind for kind, _ in above(2 if name == "SETITEM" else None)[::2]}
-            fine = keys <= NAMES and stack[-1][0] in ("EMPTY_DICT", "a dict")
+            kinds = [kind for kind, _ in above(2 if name == "SETITEM" else None)]
+            fine = (NAMES.issuperset(kinds[::2]) and PARTS.isdisjoint(kinds)
+                    and stack[-1][0] in ("EMPTY_DICT", "a dict"))
         elif name == "REDUCE":
             (called, _), given = above(2)
             fine = (called, given) == (ORDERED, ("ints", ())) or called == TENSOR and (
@@ -172,7 +175,8 @@ def absurd(card, choices):
         value = card.get(key)
         if key in card and (type(value) not in kinds or "epoch" in key and value is not None
                             and not 1 <= value <= 10**6 or key == "val_fraction"
-                            and not 0 <= value < 1):
+                            and not 0 <= value < 1 or key == "labels" and value is not None
+                            and not 0 <= value <= 10**9):
             return f"has {key} {show(value)}"
     return None
 
@@ -187,7 +191,9 @@ def unfit(weights, wanted):
         if not (isinstance(value, torch.Tensor) and value.layout is torch.strided
                 and value.device.type == "cpu" and not value.is_quantized
                 and value.dtype == wanted[name].dtype
-                and value.numel() * value.element_size() <= value.untyped_storage().nbytes()):
+                and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+                and (value.is_contiguous() or value.dim() == 4      # else kernels write beside it
+                     and value.is_contiguous(memory_format=torch.channels_last))):
             return f"{name} is no plain tensor of weights"
         if value.shape != wanted[name].shape:
             return (f"weights that do not fit the network it names ({name} is "

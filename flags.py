@@ -112,11 +112,15 @@ class Short(reprlib.Repr):
     """Values from a file in a few words. Of a tensor no numbers: a few bytes may claim to be any
     number of them."""
 
-    def repr_Tensor(self, value, _):        # noqa: N802    the name that reprlib asks for
-        return f"a tensor of {value.dim()} dimensions"
+    def repr_instance(self, x, level):
+        name = type(x).__name__
+        if name == "Tensor":
+            return f"a tensor of {x.dim()} dimensions"
+        return repr(x) if name in ("float", "bool", "NoneType") else f"a {name}"
 
 
-shown = Short().repr
+SHORT = Short()
+SHORT.maxlevel, shown = 3, SHORT.repr
 
 
 def could_be_a_path(text):

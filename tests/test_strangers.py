@@ -88,6 +88,7 @@ LIES = {
     "val_fraction": (lambda card: card | dict(val_fraction="much"), "val_fraction 'much'"),
     "share of nothing": (lambda card: card | dict(val_fraction=float("nan")), "val_fraction nan"),
     "labels": (lambda card: card | dict(labels=[1]), "labels [1]"),
+    "labels below 0": (lambda card: card | dict(labels=-1), "labels -1"),
     "no weights": (lambda card: card | dict(model=None), "do not fit"),
     "weights too many": (weights("extra", torch.zeros(1)), "'extra'"),
     "weights too few": (lambda card: card | dict(model={}), "do not fit"),
