@@ -150,34 +150,35 @@ def absurd(card, choices):
         return isinstance(values, (tuple, list)) and len(values) == 3 and all(
             type(v) in (int, float) and max(low, -1e30) <= v <= 1e30 for v in values)
 
-    spec, classes, show = card["build"], card["classes"], shown
+    spec, classes = card["build"], card["classes"]
     if not isinstance(spec, dict) or set(spec) != {*choices, "num_classes", "image_shape"}:
         return "does not say how to build the network"
     for flag, known in choices.items():
         if not isinstance(spec[flag], str) or spec[flag] not in known:
-            return f"names an unknown {flag} {show(spec[flag])}"
+            return f"names an unknown {flag} {shown(spec[flag])}"
     shape = spec["image_shape"]
     if not (numbers(shape, 1) and all(type(v) is int for v in shape) and shape[0] == 3
             and shape[1] == shape[2] <= 4096):
-        return f"is for images of {show(shape)}, not (3, side, side) with a side up to 4096"
+        return f"is for images of {shown(shape)}, not (3, side, side) with a side up to 4096"
     if not (isinstance(classes, (tuple, list)) and type(spec["num_classes"]) is int
             and 2 <= len(classes) == spec["num_classes"]
             and all(isinstance(c, str) and len(c) <= 255 for c in classes)):
-        return f"has no names for its {show(spec['num_classes'])} classes but {show(classes)}"
+        return f"has no names for its {shown(spec['num_classes'])} classes but {shown(classes)}"
     if not numbers(card["mean"], -math.inf) or not numbers(card["std"], 1e-6):
-        return f"normalises by {show(card['mean'])} and {show(card['std'])}, not by 3 numbers each"
+        return (f"normalises by {shown(card['mean'])} and {shown(card['std'])}, not by 3 numbers "
+                "each")
     if not isinstance(card.get("fit", "resize"), str) or card.get("fit", "resize") not in FITS:
-        return f"has fit {show(card['fit'])}; known are {', '.join(FITS)}"
+        return f"has fit {shown(card['fit'])}; known are {', '.join(FITS)}"
     if not isinstance(card.get("recipe", "digits"), str):
-        return f"has recipe {show(card['recipe'])}"
-    for key, kinds in (("val_fraction", (int, float)), ("labels", (int, type(None))),
-                       ("epoch", (int, type(None))), ("ema_epoch", (int, type(None)))):
+        return f"has recipe {shown(card['recipe'])}"
+    whole = int, type(None)
+    for key, kinds, low, high in (
+            ("val_fraction", (int, float), 0, math.nextafter(1, 0)), ("labels", whole, 0, 10**9),
+            ("epoch", whole, 1, 10**6), ("ema_epoch", whole, 1, 10**6)):
         value = card.get(key)
-        if key in card and (type(value) not in kinds or "epoch" in key and value is not None
-                            and not 1 <= value <= 10**6 or key == "val_fraction"
-                            and not 0 <= value < 1 or key == "labels" and value is not None
-                            and not 0 <= value <= 10**9):
-            return f"has {key} {show(value)}"
+        if key in card and (type(value) not in kinds
+                            or value is not None and not low <= value <= high):
+            return f"has {key} {shown(value)}"
     return None
 
 

@@ -126,7 +126,7 @@ SHORT.maxlevel, shown = 3, SHORT.repr
 def could_be_a_path(text):
     """Return whether a text from a file may name one."""
     try:
-        return "\0" not in text and bool(os.fsencode(f"/{text}"))
+        return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
 
