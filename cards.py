@@ -11,7 +11,7 @@ import torch
 
 from decode import FITS
 from flags import fail, shown
-from runs import METRICS, SCHEMA, is_accuracy, this_version
+from runs import METRICS, SCHEMA, VALIDATED, is_accuracy, this_version
 
 # ---- the pickle in it -------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ def search(pickled):
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         else:
-            fine = name in ("PROTO", "STOP")
+            fine = name == "STOP" or (name, value) == ("PROTO", 2)
         if not fine:
             raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
 
@@ -220,14 +220,14 @@ def could_be(key, value):
         return is_accuracy(value)
     number = type(value) is float and math.isfinite(value) or (
         type(value) is int and abs(value) < 10**18)
-    return number and (key != "seconds" or 0 <= value < 1e18)
+    return number and (key not in ("seconds", "images_per_second") or 0 <= value < 1e18)
 
 
-def unsound(state, settings, networks, optimizer, epochs):
+def unsound(state, settings, networks, optimizer, epochs, validated):
     """Return what is wrong with a checkpoint for the run that is to go on from it, or None.
 
     settings: the run's hash, which a run of before there was one lacks; networks: name -> module;
-    epochs: how many the run is to have.
+    epochs: how many the run is to have; validated: whether it has validation images.
     """
     if not isinstance(state, dict) or not this_version(state.get("schema")):
         return f"not of this version of the scripts (schema {SCHEMA})"
@@ -236,13 +236,14 @@ def unsound(state, settings, networks, optimizer, epochs):
     history = state.get("history")
     if not isinstance(history, list) or not 1 <= len(history) <= epochs:
         return f"has no history of 1 to {epochs} epochs"
+    blank = {f"{column}_{key}" for name, column in VALIDATED.items() for key in (
+        "loss", "accuracy") if name not in networks or not validated}
     for number, row in enumerate(history, 1):
         if not isinstance(row, dict) or set(row) != set(METRICS) or (
                 type(row["epoch"]) is not int or row["epoch"] != number):
             return f"has no row of metrics for epoch {number}"
         for key, value in row.items():
-            known = history[0][key] is not None or not ("val_" in key and value is None)
-            if known and not could_be(key, value):
+            if value is not None if key in blank else not could_be(key, value):
                 return f"says {shown(value)} of {key} in epoch {number}"
     for what in ("networks", "best"):
         for name, network in networks.items():

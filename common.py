@@ -226,7 +226,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     optimizer = make_optimizer(model, args)
     limit = runs.chance((val if len(val) else test).labels.cpu())
     networks = {"model": model} | ({} if average is None else {"ema": average})
-    history, best = restore(folder, card, networks, optimizer, args.epochs) if (
+    history, best = restore(folder, card, networks, optimizer, args.epochs, len(val)) if (
         args.resume) else ([], {})
     if history and rank() == 0:
         save_best(folder, card, history, best)
@@ -316,14 +316,14 @@ def save_epoch(folder, card, history, best, networks, optimizer):
         best=best, optimizer=optimizer.state_dict()))
 
 
-def restore(folder, card, networks, optimizer, epochs):
+def restore(folder, card, networks, optimizer, epochs, validated):
     """Load the last finished epoch, if there is one; return its history and the best weights."""
     if not (path := folder / "checkpoint.pt").exists():
         return [], {}
     state = load_checkpoint(path)
     if isinstance(state, dict) and "best" not in state:         # an older run's
         state["best"] = load_checkpoint(folder / "best.pt")
-    wrong = cards.unsound(state, card["settings"], networks, optimizer, epochs)
+    wrong = cards.unsound(state, card["settings"], networks, optimizer, epochs, validated)
     if wrong:
         fail(f"{path}: {wrong}; put the right one there, or add --overwrite to start again")
     for name, network in networks.items():

@@ -25,10 +25,14 @@ def answer_early(main):
 answer_early(sys.modules["__main__"])       # before anything that takes longer to import
 
 import contextlib
+import logging
 import threading
 import time
 
 from tqdm import tqdm
+
+# A paragraph of it, where there is no home folder, on the cache that it makes elsewhere.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 PARENT = os.getppid()                   # torchrun, where it started this process
 # torchrun's number of this process; clusters leave one behind where there are no others

@@ -6,7 +6,7 @@
 
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
-import warnings
+import copy
 
 import torch
 from torch import nn
@@ -128,14 +128,10 @@ class ConvNet(nn.Module):
                 layers.append(POOLS[pool](2))
                 height, width = height // 2, width // 2
             if min(height, width) < 1:
-                fail(f"images of {image_shape[1]}×{image_shape[2]} are too small for this network: "
-                     f"nothing is left after conv {number}; give a larger --image-size")
+                raise ValueError(f"images of {image_shape[1]}×{image_shape[2]} are too small for "
+                                 f"this network: nothing is left after conv {number}")
         self.features = nn.Sequential(*layers)
         inputs, layers = inputs * height * width, [nn.Flatten()]
-        first = (*hidden, num_classes)[0]
-        device.refuse_beyond_memory(        # weight, gradient and Adam's two moments, of 4 bytes
-            16 * inputs * first, f"a layer of {inputs:,} inputs and {first:,} outputs",
-            "give a smaller --image-size or another --arch")
         for outputs in hidden:
             layers += [nn.Linear(inputs, outputs), act()]
             inputs = outputs
@@ -154,12 +150,26 @@ def build(arch, num_classes, image_shape, init="he", pool="max", activation="rel
     """Return the network ARCHITECTURES[arch] for images (C, H, W), initialised from torch's RNG.
 
     Weights are normal with the deviation INITS[init] gives, biases zero. An unknown name, or an
-    image too small for the network, ends with one line and exit code 2.
+    image too small for the network or too large for memory, ends with one line and exit code 2.
     """
     asked = {"arch": arch, "init": init, "pool": pool, "activation": activation, "norm": norm}
     for flag, name in asked.items():
         if name not in CHOICES[flag]:
             fail(f"unknown {flag} {name!r}; choose from: {', '.join(CHOICES[flag])}")
+    asked |= dict(num_classes=num_classes, image_shape=image_shape)
+    try:
+        with torch.device("meta"):      # takes no memory
+            size = count_parameters(construct(**asked))
+    except ValueError as error:
+        fail(f"{error}; give a larger --image-size")
+    # Weight, gradient and Adam's two moments, of 4 bytes each.
+    device.refuse_beyond_memory(16 * size, f"training {arch}, of {size:,} parameters,",
+                                "give a smaller --image-size or another --arch")
+    return construct(**asked)
+
+
+def construct(arch, num_classes, image_shape, init, pool, activation, norm):
+    """Return the network of names that are known; ValueError where images are too small for it."""
     spec = ARCHITECTURES[arch]
     kind = ConvNet if "channels" in spec else MLP
     model = kind(image_shape, num_classes, pool=pool, activation=activation, norm=norm, **spec)
@@ -183,9 +193,7 @@ def load(path, average=False):
 
     average: the average of the weights instead of the weights. card: classes, mean, std, build …
     """
-    with warnings.catch_warnings():     # of torch's, about odd files: what matters is said below
-        warnings.simplefilter("ignore")
-        card = load_checkpoint(path)
+    card = load_checkpoint(path)
     if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
         fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
     refuse_version(path, card, "train it again")
@@ -193,13 +201,14 @@ def load(path, average=False):
     if average and weights is None:
         fail(f"{path}: holds no average: the run had --ema-decay 0")
     wrong = cards.absurd(card, CHOICES)
-    if not wrong:
-        with torch.device("meta"):      # no memory for what a file claims before its weights fit
-            wanted = build(**card["build"]).state_dict()
-        wrong = cards.unfit(weights, wanted)
+    try:        # no memory for what a file claims before its weights fit
+        with torch.device("meta"):
+            wrong = wrong or cards.unfit(weights, construct(**card["build"]).state_dict())
+    except ValueError as error:
+        wrong = str(error)
     if wrong:
         fail(f"{path}: {wrong}; train it again")
-    network = build(**card["build"])
+    network = construct(**card["build"])
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False), card
 
@@ -220,21 +229,16 @@ def count_parameters(model):
 
 def count_macs(model, image_shape):
     """Multiply-adds of the convs and fully connected layers for one image (C, H, W)."""
-    total = 0
+    counts = []
 
-    def add(layer, inputs, output):
-        nonlocal total
+    def count(layer, inputs, output):
         # Every output number is a sum over one row of the weight.
-        total += output[0].numel() * layer.weight[0].numel()
+        counts.append(output[0].numel() * layer.weight[0].numel())
 
-    hooks = [layer.register_forward_hook(add) for layer in model.modules()
-             if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    device = next(model.parameters()).device
-    modes = [(m, m.training) for m in model.modules()]
+    model = copy.deepcopy(model).eval()
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
     with torch.no_grad():
-        model.eval()(torch.zeros(1, *image_shape, device=device))
-    for m, training in modes:
-        m.training = training
-    for hook in hooks:
-        hook.remove()
-    return total
+        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    return sum(counts)

@@ -5,6 +5,7 @@
 
 Restartable: finished runs are kept, as every script keeps its own.
 """
+from flags import RECIPES, Parser, fail, plain, plain_name, say, settings  # noqa: I001
 import argparse
 import contextlib
 import csv
@@ -21,7 +22,6 @@ from matplotlib.figure import Figure
 
 import compare
 import runs
-from flags import RECIPES, Parser, fail, plain, plain_name, say, settings
 from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
 from render import aligned, pipes
 

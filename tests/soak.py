@@ -2,6 +2,7 @@
 
     python tests/soak.py                              all variants; writes soak.json
     python tests/soak.py --only teacher,two --kills 20 --seed 1
+    python tests/soak.py --device cuda --kills 28     all but two, with --deterministic
 
 Each has to leave what a run leaves that was never killed, bit for bit: best.pt, checkpoint.pt,
 metrics.csv and final.json (but for what a clock measured), test.npz, curves.png. A moment is drawn
@@ -62,6 +63,7 @@ VARIANTS = {
     "compile": (0.5, (), "train_student.py", ("--compile", *AVERAGE)),
     "two": (0.5, TORCHRUN, "train_student.py", ("--norm", "batch", *AVERAGE)),
 }
+ON_GPU = ("--device", "cuda", "--precision", "bf16", "--deterministic")
 STEADY = ("student", "kd-cached", "mean-teacher")
 EARLY, LATE = 5, 50     # epochs after which memory, files and threads are compared
 SLACK = 2 * 2**20       # bytes by which memory may grow: 1.3 kB for each of the 1 665 steps between
@@ -335,17 +337,19 @@ def show(rows, columns):
             print(f"{row['variant']}: {line}")
 
 
-def machine():
-    """Return what the figures were made on and with."""
-    return train_student.versions(device.pick_device("cpu")) | dict(
-        machine=device.processor(device.pick_device("cpu")), device="cpu",
+def machine(on):
+    """Return what the figures were made on and with. on: the torch.device."""
+    return train_student.versions(on) | dict(
+        machine=device.processor(on), device=on.type,
         threads=int(os.environ["OMP_NUM_THREADS"]), cores=len(os.sched_getaffinity(0)),
         commit=runs.commit(), date=datetime.date.today().isoformat())
 
 
 def publish(part, row):
-    """Put a row into soak.json, in place of an earlier one of that variant."""
+    """Put a row into soak.json, in place of an earlier one of that variant there."""
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    gpu = row["machine"]["device"] == "cuda"
+    row = row | dict(variant=row["variant"] + ", GPU" * gpu)
     found.setdefault(part, {})[row["variant"]] = row
     OUT.parent.mkdir(parents=True, exist_ok=True)
     runs.write_whole(OUT, (json.dumps(found, indent=1) + "\n").encode())
@@ -356,13 +360,19 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=KILLS, help="of all variants together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--only", default=",".join(VARIANTS), help="variants, with commas between")
+    parser.add_argument("--only", help="variants, with commas between")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     args = parser.parse_args(argv)
-    chosen = args.only.split(",")
+    on = device.pick_device(args.device)
+    if on.type == "cuda":
+        del VARIANTS["two"]         # each process needs a GPU of its own
+        VARIANTS.update({name: (*how, (*flags, *ON_GPU))
+                         for name, (*how, flags) in VARIANTS.items()})
+    chosen = args.only.split(",") if args.only else list(VARIANTS)
     if set(chosen) - set(VARIANTS):
         parser.error(f"--only {args.only}: choose from {','.join(VARIANTS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    started, rows, memory, on = time.monotonic(), [], [], machine()
+    started, rows, memory, on = time.monotonic(), [], [], machine(on)
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stopped:
         stopped.callback(lambda: [end(pid) for pid in tree(os.getpid())[1:]])       # by Ctrl-C, say
         place = Path(place)

@@ -328,7 +328,7 @@ def test_images_and_networks_that_no_memory_holds(easy, tmp_path, capsys, monkey
     with pytest.raises(SystemExit):
         models.build("mlp", 10, (3, 32, 32))
     line = capsys.readouterr().err
-    assert "3,072 inputs" in line and "--arch" in line and line.count("\n") == 1
+    assert "mlp, of 855,050 parameters" in line and "--arch" in line and line.count("\n") == 1
 
 
 # ---- impossible together ----------------------------------------------------------------------

@@ -64,6 +64,7 @@ ODD = {     # what it holds -> its pickle, what is said
     "1 TB": (b"\x80\x02" + called("builtins", "bytearray") + number(10**12) + b"\x85R.",
              "builtins.bytearray"),
     "a set": (b"\x80\x02\x8f.", "EMPTY_SET"),
+    "another protocol": (b"\x80\x09}.", "PROTO"),
     "an object": (b"\x80\x02" + called("collections", "OrderedDict") + b")\x81.", "NEWOBJ"),
     "a name from the stack": (b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93.", "STACK_GLOBAL"),
     "attributes of a list": (b"\x80\x02]}b.", "BUILD"),
@@ -254,17 +255,21 @@ def test_a_tensor_of_thousands_of_dimensions_is_not_made(best, tmp_path, capsys)
     assert common.load_checkpoint(path)["more"].dim() == 8
 
 
-@pytest.mark.parametrize("epoch", [torch.zeros(3), True, 1.0, "1"])
-def test_an_epoch_that_is_no_number_is_not_gone_on_from(easy, tmp_path, capsys, epoch):
+@pytest.mark.parametrize("key, value, part", [
+    *(("epoch", value, "for epoch 1") for value in (torch.zeros(3), True, 1.0, "1")),
+    ("val_accuracy", None, "None of val_accuracy in epoch 1"),
+    ("ema_val_loss", 0.5, "0.5 of ema_val_loss in epoch 1"),        # there is no average
+    ("images_per_second", -1.0, "-1.0 of images_per_second in epoch 1")])
+def test_a_row_that_cannot_be_is_not_gone_on_from(easy, tmp_path, capsys, key, value, part):
     tiny.run(train_student, easy, tmp_path, epochs=1)
     folder = tmp_path / "digits" / "student-s0"
     state = tiny.load(folder / "checkpoint.pt")
-    state["history"][0]["epoch"] = epoch
+    state["history"][0][key] = value
     common.save_checkpoint(folder / "checkpoint.pt", state)
     for name in ("final.json", runs.SUMS):
         (folder / name).unlink()
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, "--resume", epochs=1),
-                 folder / "checkpoint.pt", "epoch 1")
+                 folder / "checkpoint.pt", part)
 
 
 @pytest.mark.parametrize("name, made, part", [

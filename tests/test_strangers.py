@@ -115,7 +115,8 @@ def test_a_card_that_lies_is_refused_in_a_line(card, tmp_path, capsys, lie):
         models.load(tmp_path / "best.pt")
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and len(line) < 600
-    assert part in line, line
+    assert part in line and line.startswith(f"error: {tmp_path / 'best.pt'}: "), line
+    assert "--image-size" not in line, line
 
 
 def test_no_class_is_said_where_outputs_are_not_finite(chain, easy, tmp_path, capsys):
