@@ -66,7 +66,7 @@ ODD = {     # what it holds -> its pickle, what is said
     "a set": (b"\x80\x02\x8f.", "EMPTY_SET"),
     "another protocol": (b"\x80\x09}.", "PROTO"),
     "an object": (b"\x80\x02" + called("collections", "OrderedDict") + b")\x81.", "NEWOBJ"),
-    "a name from the stack": (b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93.", "STACK_GLOBAL"),
+    "a name from the stack": (b"\x80\x02X\x02\0\0\0osX\x06\0\0\0system\x93.", "STACK_GLOBAL"),
     "attributes of a list": (b"\x80\x02]}b.", "BUILD"),
     "attributes in pairs": (b"\x80\x02" + called("collections", "OrderedDict") + b")R])"
                             + b"\x85" * DEEP + b"K\x01\x86ab.", "BUILD"),
