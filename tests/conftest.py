@@ -18,6 +18,13 @@ import tiny  # noqa: E402
 import digits  # noqa: E402
 import download  # noqa: E402
 
+
+def pytest_make_parametrize_id(val, argname):
+    """Name a test by a word, not by an archive's bytes, which hold the time: pytest-xdist could not
+    tell that two processes have the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 torch.set_num_threads(1)        # these networks are so small that threads only wait for each other
 
 
