@@ -120,7 +120,7 @@ def test_a_good_archive_is_unpacked_whole(root, name, archive):
     ("a.tar.gz", tarred(**GOOD, **{f"{FOLDER}/a\nb": b"x"}), "no plain name"),
     ("a.zip", zipped(**GOOD, **{f"{FOLDER}/\x1b[2J": b"x"}), "no plain name"),
     ("a.tar.gz", tarred(member(f"{FOLDER}/b", tarfile.BLKTYPE, devmajor=8), **GOOD), "a device"),
-    ("a.tar.gz", lying_tar(), "larger than"),
+    ("a.tar.gz", lying_tar(), "larger than|cannot be unpacked"),     # the latter by Python 3.12
     ("a.zip", lying_zip(), "cannot be unpacked"),
     ("a.tar.gz", tarred(**GOOD, **{f"{FOLDER}/a/c": b"x"}), "cannot be unpacked"),
 ])
@@ -132,7 +132,8 @@ def test_a_strange_archive_is_refused(root, capsys, monkeypatch, name, archive, 
     with pytest.raises(SystemExit) as stop:
         download.unpack(root / name, FOLDER)
     line = capsys.readouterr().err
-    assert stop.value.code == 2 and line.count("\n") == 1 and reason in line
+    assert stop.value.code == 2 and line.count("\n") == 1
+    assert any(one in line for one in reason.split("|")), line
     assert str(root / name) in line
     assert sorted(root.parent.rglob("*")) == before and not Path("/tmp/evil").exists()
 
