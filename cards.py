@@ -5,34 +5,38 @@ import hashlib
 import io
 import math
 import pickletools
+import re
 import zipfile
 
 import torch
 
 from decode import FITS
 from flags import fail, shown
-from runs import METRICS, SCHEMA, VALIDATED, is_accuracy, this_version
+from runs import METRICS, SCHEMA, VALIDATED, frozen_for, is_accuracy, this_version
 
 # ---- the pickle in it -------------------------------------------------------------------------
 
 # All that these scripts write. PyTorch's own list (weights_only) holds more: what may compute for
 # hours, or end Python without a word.
 ORDERED, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
-STORAGES = {f"torch {kind}Storage" for kind in (
-    "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+BYTES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
+STORAGES = {f"torch {kind}Storage": size for kind, size in BYTES.items()}
 INTS = {"BININT", "BININT1", "BININT2", "LONG1"}
-NAMED = STORAGES | {ORDERED, TENSOR}
+NAMED = {*STORAGES, ORDERED, TENSOR}
 PARTS = NAMED | {"a storage", "parts"}          # of a tensor, and of nothing else
 NAMES = INTS - {"LONG1"} | {"BINUNICODE"}       # what a key may be
 TRUTH = {"NEWTRUE", "NEWFALSE"}
 ATOMS = INTS | NAMES | TRUTH | {"NONE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
-# Storage, offset, sizes, strides, whether it takes a gradient, hooks; a seventh is of other kinds.
-OF_TENSOR = {"a storage"}, INTS, {"ints"}, {"ints"}, TRUTH, {"a dict"}
+# Storage, offset, sizes, strides, no gradient, no hooks; a seventh is of other kinds. "hooks" is an
+# empty dict that some tensor has for them: what is put into it later, the tensor would have.
+OF_TENSOR = {"a storage"}, INTS, {"ints"}, {"ints"}, {"NEWFALSE"}, {"a dict", "hooks"}
 MADE = {"EMPTY_LIST", "EMPTY_DICT", "REDUCE", *TUPLES}
 MOST = 2**22, 2**18     # operations of a pickle, and what they make: 100 000 epochs take 3 million,
                         # and make 100 000 dicts
 DIMENSIONS = 8          # of a tensor
+WRITTEN = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment",
+           ".data/serialization_id"}        # beside data/
 DEEPEST = 20            # of what is nested
 
 
@@ -41,18 +45,22 @@ class Strange(Exception):
 
 
 def search(pickled):
-    """Raise Strange where a checkpoint's pickle holds what these scripts do not write. Nothing is
-    made of it: of what its operations would put on a stack, only the kinds are kept."""
-    stack, marks, memo = [], [0], {}        # stack: (kind, of a tuple the kinds of what is in it)
+    """Return the records that a checkpoint's pickle says to be beside it, [(name, bytes)]; raise
+    Strange where it holds what these scripts do not write. Nothing is made of it: of what its
+    operations would put on a stack, only kinds are kept, with a number's or a text's value."""
+    stack, marks, memo, records = [], [0], {}, []       # stack: [kind, what a tuple holds, value]
     made = 0
 
     def above(count=None):
-        """Take what is above the last mark from the stack, or so many; return their kinds."""
+        """Take what is above the last mark from the stack, or so many, and return it."""
         at = marks.pop() if count is None else len(stack) - count
         if at < marks[-1]:
             raise ValueError("its pickle is cut short or damaged")
         taken, stack[at:] = stack[at:], []
         return taken
+
+    def kinds_of(entries):
+        return [kind for kind, *_ in entries]
 
     for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
         name, fine, made = opcode.name, True, made + (opcode.name in MADE)
@@ -60,35 +68,45 @@ def search(pickled):
             raise Strange(f"more than {MOST[0]} operations of its pickle, or {MOST[1]} that make "
                           "lists, dicts, tuples and tensors")
         if name in ATOMS:
-            stack.append((name, ()))
+            stack.append([name, (), value])
         elif name == "GLOBAL":
             fine, name = value in NAMED, value.replace(" ", ".")
-            stack.append((value, ()))
+            stack.append([value, (), None])
         elif name == "MARK":
             marks.append(len(stack))
         elif name in TUPLES:
-            kinds = tuple(kind for kind, _ in above(TUPLES[name]))
-            sizes = len(kinds) <= DIMENSIONS and INTS.issuperset(kinds)
+            held = above(TUPLES[name])
+            kinds = set(kinds_of(held))
+            sizes = len(held) <= DIMENSIONS and kinds <= INTS
             kind = "ints" if sizes else "a tuple" if PARTS.isdisjoint(kinds) else "parts"
-            stack.append((kind, kinds))
+            stack.append([kind, held, None])
         elif name in ("APPEND", "APPENDS"):
-            kinds = {kind for kind, _ in above(1 if name == "APPEND" else None)}
+            kinds = kinds_of(above(1 if name == "APPEND" else None))
             fine = stack[-1][0] == "EMPTY_LIST" and PARTS.isdisjoint(kinds)
         elif name in ("SETITEM", "SETITEMS"):
-            kinds = [kind for kind, _ in above(2 if name == "SETITEM" else None)]
+            kinds = kinds_of(above(2 if name == "SETITEM" else None))
             fine = (NAMES.issuperset(kinds[::2]) and PARTS.isdisjoint(kinds)
-                    and stack[-1][0] in ("EMPTY_DICT", "a dict"))
+                    and stack[-1][0] in ("EMPTY_DICT", "a dict", "a filled dict"))
         elif name == "REDUCE":
-            (called, _), given = above(2)
-            fine = (called, given) == (ORDERED, ("ints", ())) or called == TENSOR and (
-                len(given[1]) == 6 and all(map(set.__contains__, OF_TENSOR, given[1])))
-            stack.append(("a tensor" if called == TENSOR else "a dict", ()))
+            (called, *_), (given, held, _) = above(2)
+            if called == TENSOR:
+                fine = len(held) == 6 and all(map(set.__contains__, OF_TENSOR, kinds_of(held)))
+                if fine:
+                    held[5][0] = "hooks"
+            else:
+                fine = (called, given, len(held)) == (ORDERED, "ints", 0)
+            stack.append(["a tensor" if called == TENSOR else "a dict", (), None])
         elif name == "BUILD":       # an OrderedDict's attributes, which plain() leaves out
-            fine = above(1)[0][0] == "EMPTY_DICT" and stack[-1][0] == "a dict"
+            fine = kinds_of(above(1)) == ["EMPTY_DICT"] and stack[-1][0] in (
+                "a dict", "a filled dict")
         elif name == "BINPERSID":
-            _, kinds = above(1)[0]
-            fine = len(kinds) == 5 and kinds[1] in STORAGES and {kinds[0], *kinds[2:]} <= NAMES
-            stack.append(("a storage", ()))
+            _, held, _ = above(1)[0]
+            kinds = kinds_of(held)
+            fine = len(kinds) == 5 and kinds[1] in STORAGES and kinds[4] in INTS and (
+                {kinds[0], *kinds[2:4]} <= NAMES)
+            if fine:
+                records.append((f"data/{held[2][2]}", STORAGES[kinds[1]] * held[4][2]))
+            stack.append(["a storage", (), None])
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -97,6 +115,9 @@ def search(pickled):
             fine = name == "STOP" or (name, value) == ("PROTO", 2)
         if not fine:
             raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
+        if name in ("SETITEM", "SETITEMS", "BUILD") and stack[-1][0] == "a dict":
+            stack[-1][0] = "a filled dict"
+    return records
 
 
 def plain(value, depth=0, made=None):
@@ -124,9 +145,16 @@ def read(path):
         pickled = next(name for name in names if name.endswith("data.pkl"))
         if len({name.lower() for name in names}) < len(names):
             raise Strange("two parts of one name")
-        search(had.read(pickled))
-        for name in names:
-            if name.startswith(pickled.removesuffix("data.pkl")):
+        place = pickled.removesuffix("data.pkl")
+        try:
+            records = search(had.read(pickled))
+        except LookupError:
+            raise ValueError("its pickle is cut short or damaged") from None
+        for name, size in records:
+            if place + name not in names or had.getinfo(place + name).file_size != size:
+                raise ValueError(f"{name} is not of {size} bytes, as its pickle says")
+        for name in names:      # of TorchScript there may be more, and it would be taken for that
+            if name.removeprefix(place) in WRITTEN or name.startswith(f"{place}data/"):
                 searched.writestr(name, had.read(name))
     memory.seek(0)
     return plain(torch.load(memory, map_location="cpu", weights_only=True))
@@ -138,7 +166,8 @@ def unread(error):
     text, kind = str(error), type(error).__name__
     if isinstance(error, Strange):
         return f"holds more than tensors and plain values; not read: {text[:120]}"
-    told = text if text and "weights_only" not in text else kind
+    odd = re.search("weights_only|report|0x|arguments", text)      # of PyTorch's makers, for them
+    told = kind if odd or not text else text.splitlines()[0][:200]
     return f"cannot be read ({told}); take a whole copy"
 
 
@@ -223,19 +252,19 @@ def could_be(key, value):
     return number and (key not in ("seconds", "images_per_second") or 0 <= value < 1e18)
 
 
-def unsound(state, settings, networks, optimizer, epochs, validated):
+def unsound(state, settings, networks, optimizer, args, validated):
     """Return what is wrong with a checkpoint for the run that is to go on from it, or None.
 
     settings: the run's hash, which a run of before there was one lacks; networks: name -> module;
-    epochs: how many the run is to have; validated: whether it has validation images.
+    args: the run's flags; validated: whether it has validation images.
     """
     if not isinstance(state, dict) or not this_version(state.get("schema")):
         return f"not of this version of the scripts (schema {SCHEMA})"
     if state.get("settings", settings) != settings:
         return "of a run with other settings than those in its config.json"
     history = state.get("history")
-    if not isinstance(history, list) or not 1 <= len(history) <= epochs:
-        return f"has no history of 1 to {epochs} epochs"
+    if not isinstance(history, list) or not 1 <= len(history) <= args.epochs:
+        return f"has no history of 1 to {args.epochs} epochs"
     blank = {f"{column}_{key}" for name, column in VALIDATED.items() for key in (
         "loss", "accuracy") if name not in networks or not validated}
     for number, row in enumerate(history, 1):
@@ -255,15 +284,26 @@ def unsound(state, settings, networks, optimizer, epochs, validated):
     kept = state.get("optimizer")
     kept = kept.get("state") if isinstance(kept, dict) else None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(kept, dict) or not kept or not set(kept) <= set(range(len(parameters))):
-        return "has no state of this optimizer"
+    frozen = networks["model"].features.parameters() if len(history) <= frozen_for(args) else ()
+    still = set(map(id, frozen))
+    if not isinstance(kept, dict) or set(kept) != {
+            i for i, p in enumerate(parameters) if id(p) not in still}:
+        return "has no state of this optimizer, or not of all that was trained"
     names = {"SGD": {"momentum_buffer"}}.get(type(optimizer).__name__,
                                              {"step", "exp_avg", "exp_avg_sq"})
+    places = [value.untyped_storage().data_ptr() for found in kept.values()
+              for value in (found.values() if isinstance(found, dict) else ())
+              if isinstance(value, torch.Tensor) and value.layout is torch.strided]
     for i, found in kept.items():
         wanted = {name: torch.zeros(()) if name == "step" else parameters[i] for name in names}
         wrong = unfit(found, wanted)
+        # A fused kernel takes the numbers in the order in which they lie.
+        wrong = wrong or next((f"{name} in another order than its weights" for name in names if
+                               found[name].stride() != wanted[name].stride()), None)
         if wrong:
             return f"has for the optimizer {wrong}"
+    if len(set(places)) < len(places):
+        return "has for the optimizer two tensors in one place"
     return None
 
 

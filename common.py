@@ -22,6 +22,7 @@ import cards
 import device
 import runs
 from device import autocast, pick_device, rank, silent, summed, tell_time, world  # noqa: F401
+from files import damage, write_whole
 
 # ---- seeds ------------------------------------------------------------------------------------
 
@@ -143,8 +144,7 @@ def make_optimizer(model, args):
 def set_training(model, args, epoch):
     """Put the model into training mode; with --freeze features, all but those until
     --unfreeze-at: they take no gradient, and BatchNorm in them keeps its statistics."""
-    until = vars(args).get("unfreeze_at") or math.inf
-    frozen = vars(args).get("freeze", "none") == "features" and epoch < until
+    frozen = epoch <= runs.frozen_for(args)
     model.train()
     if "freeze" in vars(args):
         model.features.train(not frozen).requires_grad_(not frozen)
@@ -226,7 +226,7 @@ def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=No
     optimizer = make_optimizer(model, args)
     limit = runs.chance((val if len(val) else test).labels.cpu())
     networks = {"model": model} | ({} if average is None else {"ema": average})
-    history, best = restore(folder, card, networks, optimizer, args.epochs, len(val)) if (
+    history, best = restore(args, folder, card, networks, optimizer, len(val)) if (
         args.resume) else ([], {})
     if history and rank() == 0:
         save_best(folder, card, history, best)
@@ -284,12 +284,12 @@ def save_checkpoint(path, state):
     """Write tensors and plain values so that the file is as it was or whole."""
     memory = io.BytesIO()
     torch.save(state, memory)
-    runs.write_whole(Path(path), memory.getbuffer())
+    write_whole(Path(path), memory.getbuffer())
 
 
 def load_checkpoint(path):
     """Return what save_checkpoint wrote, on the CPU; no code in the file is ever run."""
-    if wrong := runs.damage(Path(path)):
+    if wrong := damage(Path(path)):
         fail(f"{path}: {wrong}")
     try:
         return cards.read(path)
@@ -316,14 +316,14 @@ def save_epoch(folder, card, history, best, networks, optimizer):
         best=best, optimizer=optimizer.state_dict()))
 
 
-def restore(folder, card, networks, optimizer, epochs, validated):
+def restore(args, folder, card, networks, optimizer, validated):
     """Load the last finished epoch, if there is one; return its history and the best weights."""
     if not (path := folder / "checkpoint.pt").exists():
         return [], {}
     state = load_checkpoint(path)
     if isinstance(state, dict) and "best" not in state:         # an older run's
         state["best"] = load_checkpoint(folder / "best.pt")
-    wrong = cards.unsound(state, card["settings"], networks, optimizer, epochs, validated)
+    wrong = cards.unsound(state, card["settings"], networks, optimizer, args, validated)
     if wrong:
         fail(f"{path}: {wrong}; put the right one there, or add --overwrite to start again")
     for name, network in networks.items():

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
+from files import plain_file, read_text
 from flags import fail, plain
 from runs import FACTS, FREE, METRICS, altered, is_accuracy, refuse_version, teacher_of
 
@@ -80,11 +81,10 @@ def read_run(folder):
     way_out, facts = f"train this run again with --overwrite, or remove {folder}", {}
     try:
         for path in (folder / "config.json", folder / "final.json"):
-            facts[path] = {**json.loads(path.read_text(encoding="utf-8"))}
+            facts[path] = {**json.loads(read_text(path))}
         path = folder / "metrics.csv"
-        with open(path, newline="", encoding="utf-8") as file:
-            history = [{key: float(row[key]) if row[key] != "" else None for key in METRICS}
-                       for row in csv.DictReader(file)]
+        history = [{key: float(row[key]) if row[key] != "" else None for key in METRICS}
+                   for row in csv.DictReader(read_text(path).splitlines())]
     except KeyError as error:
         fail(f"{path}: lacks the column {error}; {way_out}")
     except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
@@ -237,7 +237,7 @@ def add_beside(rows, folder):
 def read_outputs(folder, prefix=""):
     """Return (logits, labels) on the test split, None where none were kept; prefix: of AVERAGES."""
     try:
-        with zipfile.ZipFile(folder / "test.npz") as file:
+        with zipfile.ZipFile(plain_file(folder / "test.npz")) as file:
             if (size := sum(part.file_size for part in file.infolist())) > 2**30:   # far too much
                 raise ValueError(f"unpacks to {size:,} bytes")
         with np.load(folder / "test.npz") as file:

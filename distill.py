@@ -29,6 +29,7 @@ import data
 import download
 import models
 import runs
+from files import crc, read_array, reserve, sync
 from device import guard, processor, rank, share, silent, summed, wait
 from train_student import CHOICES, announce, detail, prepare, run
 
@@ -196,7 +197,7 @@ def kept_outputs(teacher, card, job, stream):
         if not summed(torch.tensor(int(not rank() and bool(whole_cache(folder, key, *form))))):
             fill(folder, key, shape, teacher, train, stream, args.precision)
         path = whole_cache(folder, key, *form)
-    table = data.tensor(np.load(path, mmap_mode="r"))
+    table = data.tensor(read_array(path))
     table = table.view(torch.bfloat16) if args.precision == "bf16" else table
     detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
     table = common.device.near(table, job.device)
@@ -206,8 +207,8 @@ def kept_outputs(teacher, card, job, stream):
 def whole_cache(folder, key, shape, kind):
     """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
     for path in folder.glob(f"{key}-*.npy"):
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            table, told = np.load(path, mmap_mode="r"), f"-{runs.crc(path):08x}"
+        with contextlib.suppress(Exception):
+            table, told = read_array(path), f"-{crc(path):08x}"
             if (table.shape, table.dtype) == (shape, kind) and path.stem.endswith(told):
                 return path
         flags.say(f"{path}: cut short or damaged, made anew")
@@ -224,7 +225,7 @@ def fill(folder, key, shape, teacher, train, stream, precision):
         for old in folder.glob("*.part"):       # of a process that was killed
             old.unlink(missing_ok=True)
         np.lib.format.open_memmap(aside, "w+", STORED[precision], shape)
-        runs.reserve(aside)
+        reserve(aside)
     wait()
     table, mine = np.lib.format.open_memmap(aside, "r+"), share(views)
     with tqdm(total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
@@ -242,9 +243,8 @@ def fill(folder, key, shape, teacher, train, stream, precision):
     table.flush()
     wait()
     if rank() == 0:
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, folder / f"{key}-{runs.crc(aside):08x}.npy")
+        sync(aside)
+        os.replace(aside, folder / f"{key}-{crc(aside):08x}.npy")
     wait()
 
 

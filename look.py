@@ -27,7 +27,8 @@ import models
 from compare import against, log_softmax
 from device import guard, pick_precision
 from render import frame, section, tile
-from runs import read_json, short, write_whole
+from files import read_json, write_whole
+from runs import short
 
 FILTERS = 32        # of the first layer that are shown
 # Activation maximisation. A step is the gradient scaled to this root mean square, so that networks

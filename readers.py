@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 import download
-import runs
 from decode import decoding, read_image
 from device import memory, refuse_beyond_memory, threads
+from files import read_array, read_text, write_whole
 from flags import fail, plain, say
 
 
@@ -316,8 +316,8 @@ def mapped(folder):
     there, of another version, or, if they are not too large to look at, not as they were written.
     """
     try:
-        facts = json.loads((folder / "meta.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in
+        facts = json.loads(read_text(folder / "meta.json"))
+        arrays = {name: read_array(folder / f"{name}.npy") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
         for split in ("train", "test"):     # as written: not of another byte order, say
             images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -329,7 +329,7 @@ def mapped(folder):
         if (facts["sum"] != sum_of(facts) or facts["labels"] != labels_key(arrays)
                 or small and key_of(arrays) != facts["key"] or not could_be(facts, arrays)):
             return None
-    except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+    except Exception:       # what flipped bits lead to is of many kinds
         return None
     for array in arrays.values():
         if array.nbytes > memory() / 2:     # else each image would bring 128 kB of its neighbours
@@ -384,7 +384,7 @@ def kept(folder, arrays, facts):
             lines = "".join(f"{plain(line)}\n" for line in facts["skipped"])
             (aside / "skipped.txt").write_text(lines, encoding="utf-8")
         told = facts | {"labels": labels_key(arrays)}
-        runs.write_whole(aside / "meta.json", json.dumps(told | {"sum": sum_of(told)}).encode())
+        write_whole(aside / "meta.json", json.dumps(told | {"sum": sum_of(told)}).encode())
         # Arrays of an earlier state of the same folder, or of an earlier version, are of no use,
         # nor those that a process was writing when it was killed.
         kind = folder.name.rpartition("-")[0]

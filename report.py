@@ -28,9 +28,10 @@ from compare import (
     read_runs,
     teacher_of,
 )
+from files import write_whole
 from plots import MOST_BYTES, draw_comparison, draw_details
 from recipes import DEFAULTS, RECIPES, settings
-from runs import SUMS, short, this_version, write_whole
+from runs import SUMS, short, this_version
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",

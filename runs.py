@@ -7,22 +7,19 @@ No command of its own, and no torch.
 import contextlib
 import csv
 import datetime
-import errno
 import fcntl
 import functools
-import hashlib
 import io
 import json
 import math
 import os
 import re
 import subprocess
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
+from files import HELD, damage, read_json, read_text, sha256, write_whole
 from flags import DEFAULTS, fail, plain_name, say, shown
 
 SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses what it does not know
@@ -38,58 +35,7 @@ VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in 
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
 
-HELD = {}       # run folder -> the descriptor by which this process keeps others out
-CONFIGS = {}    # ... -> the bytes of its config.json, as long
-
-
-# ---- writing ----------------------------------------------------------------------------------
-
-def write_whole(path, data):
-    """Write bytes so that the file is either as it was or whole: aside, synced, then moved. An
-    OSError (a full disk, a folder that vanished) names the file, and leaves nothing beside it."""
-    alone = path.parent in HELD         # else two processes may write it at the same time
-    aside = path.with_name(f".{path.name}{'' if alone else os.getpid()}.part")
-    if alone and path.parent.is_dir() and not os.path.samestat(
-            os.fstat(HELD[path.parent]), os.stat(path.parent)):
-        fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
-             "another process made this one; nothing is written here")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def reserve(path):
-    """Take the whole of a mapped file's place on the disk: a disk that is full while it is written
-    would end the process with SIGBUS, without a word."""
-    try:
-        with open(path, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def crc(path):
-    """Return a file's CRC32, read in pieces: it may be larger than memory."""
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(2**24):
-            value = zlib.crc32(piece, value)
-    return value
+CONFIGS = {}    # run folder -> the bytes of its config.json, as long as this process holds it
 
 
 def write_final(folder, final):
@@ -102,7 +48,7 @@ def write_final(folder, final):
         write_whole(folder / "config.json", CONFIGS[folder])
     data = json.dumps(final, indent=1).encode() + b"\n"
     sums = {path.name: sha256(path.read_bytes()) for path in map(folder.joinpath, RUN_FILES)
-            if path.exists() and path.name not in (SUMS, "final.json")} | {
+            if path.is_file() and path.name not in (SUMS, "final.json")} | {
             "final.json": sha256(data)}
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     write_whole(folder / SUMS, lines.encode())
@@ -114,41 +60,13 @@ def altered(folder, names):
     checksums are taken as they are."""
     if not (folder / SUMS).exists():
         return []
-    lines = (folder / SUMS).read_text(errors="replace").splitlines()
+    try:
+        lines = read_text(folder / SUMS).splitlines()
+    except (OSError, ValueError) as error:
+        fail(f"{folder / SUMS}: cannot be read ({error}); train this run again with --overwrite")
     sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
-    return [name for name in names if sums.get(name) != sha256((folder / name).read_bytes())]
-
-
-def damage(path):
-    """Return what is wrong with the bytes of a checkpoint, a zip file with checksums of its own,
-    which torch does not look at; None if nothing is."""
-    if not path.is_file():
-        return "a folder; give its best.pt" if path.is_dir() else "no such file"
-    try:
-        with zipfile.ZipFile(path) as bundle:
-            # Torch packs nothing; what is packed, or in it often, may unpack to any size.
-            infos = bundle.infolist()
-            packed = [info.filename for info in infos if info.compress_type]
-            wrong = f"{packed[0]!r} in it is packed" if packed else "its parts overlap" if (
-                sum(info.file_size for info in infos) > path.stat().st_size) else bundle.testzip()
-            if [info.filename[-8:] for info in infos].count("data.pkl") != 1:
-                wrong = "no data.pkl in it, as torch.save writes, or two"
-    except Exception as error:      # what flipped bits lead to is of many kinds
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(2) == b"\x80\x02":
-                return "in PyTorch's format of before 1.6, without checksums; ask for a newer copy"
-        if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
-            return f"cannot be read ({error.strerror})"
-        wrong = str(error) or type(error).__name__
-    return wrong and f"cut short or damaged ({wrong}); take a whole copy, or train with --overwrite"
-
-
-def read_json(path):
-    """Return a JSON file's dict; one line naming the file where it is cut short."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
-        fail(f"{path}: cannot be read ({error}); remove its folder, or add --overwrite")
+    return [name for name in names if not (folder / name).is_file()
+            or sums.get(name) != sha256((folder / name).read_bytes())]
 
 
 def this_version(schema):
@@ -323,6 +241,13 @@ def begin_run(args, folder, config):
         fail(f"{error.filename or folder}: cannot be made or written ({error.strerror}); mend "
              "that, or give another --results-dir")
     return lock
+
+
+def frozen_for(args):
+    """Return in how many epochs, from the first on, the features take no gradient."""
+    if vars(args).get("freeze", "none") == "none":
+        return 0
+    return (args.unfreeze_at or math.inf) - 1
 
 
 def teacher_of(run):

@@ -21,6 +21,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import compare
+import files
 import runs
 from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
 from render import aligned, pipes
@@ -150,7 +151,7 @@ def sweep(args, script, words):
     draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
     made = [folder / early.recipe / run for _, _, run, _ in plan]
     text = table(names, rows, best) + about(made, script, words)
-    runs.write_whole(folder / "sweep.md", text.encode())
+    files.write_whole(folder / "sweep.md", text.encode())
     print(f"\n{terminal(names, rows, best)}\n\n{folder}/sweep.csv, sweep.md, sweep.png; "
           f"{time.perf_counter() - started:.0f} s")
     return {"rows": rows, "best": best, "folder": str(folder)}
@@ -215,7 +216,7 @@ def write_csv(path, names, found):
         for seed, final in finals.items():
             final = final or dict(dict.fromkeys(keys), learned=False)
             lines.writerow([*values, seed, *(final[key] for key in keys)])
-    runs.write_whole(path, text.getvalue().encode())
+    files.write_whole(path, text.getvalue().encode())
 
 
 def last(value):
@@ -279,7 +280,7 @@ def terminal(names, rows, best):
 
 def about(folders, script, words):
     """What all of the sweep's runs have in common, or how they differ, in a line."""
-    configs = [runs.read_json(folder / "config.json") for folder in folders]
+    configs = [files.read_json(folder / "config.json") for folder in folders]
     told = []
     for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
                        ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),

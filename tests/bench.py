@@ -37,6 +37,7 @@ import runs  # noqa: E402
 import train_student  # noqa: E402
 import train_teacher  # noqa: E402
 from device import peak_resident, pick_precision, processor  # noqa: E402
+from files import write_whole  # noqa: E402
 from flags import fail, settings  # noqa: E402
 
 OUT = ROOT / "results" / "published" / "bench.json"
@@ -596,7 +597,7 @@ def main(argv=None):
             for line in rows:
                 print(f"{line['ratio']:8.3f}  {line['goal'] or '':7}  {line['title']}", flush=True)
             OUT.parent.mkdir(parents=True, exist_ok=True)
-            runs.write_whole(OUT, (json.dumps(table, indent=1) + "\n").encode())
+            write_whole(OUT, (json.dumps(table, indent=1) + "\n").encode())
     if wrong:
         fail(f"not measured: {', '.join(wrong)}; {next(iter(wrong.values()))!r}", code=1)
     return table

@@ -24,7 +24,7 @@ import common  # noqa: E402
 import compare  # noqa: E402
 import distill  # noqa: E402
 import models  # noqa: E402
-from runs import write_whole  # noqa: E402
+from files import write_whole  # noqa: E402
 
 PUBLISHED = ROOT / "results" / "published"
 

@@ -36,6 +36,7 @@ import tiny  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import device  # noqa: E402
+import files  # noqa: E402
 import render  # noqa: E402
 import runs  # noqa: E402
 import train_student  # noqa: E402
@@ -352,7 +353,7 @@ def publish(part, row):
     row = row | dict(variant=row["variant"] + ", GPU" * gpu)
     found.setdefault(part, {})[row["variant"]] = row
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_whole(OUT, (json.dumps(found, indent=1) + "\n").encode())
+    files.write_whole(OUT, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@ lost.
 """
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import common
 import compare
 import distill
+import files
 import look
 import readers
 import report
@@ -111,7 +113,7 @@ def test_an_odd_config_is_named_where_a_run_goes_on(easy, copy, capsys, changed)
     for name in ("final.json", runs.SUMS):
         (copy / name).unlink()
     path = copy / "config.json"
-    path.write_text(json.dumps(runs.read_json(path) | changed))
+    path.write_text(json.dumps(files.read_json(path) | changed))
     words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
     tiny.refused(capsys, train_student, words, path, "damaged", "--overwrite")
 
@@ -152,7 +154,7 @@ def test_a_final_of_another_run_is_not_kept(easy, copy, capsys, changed):
     """As a second process may leave it that trained in a folder that was removed."""
     (copy / runs.SUMS).unlink()
     path = copy / "final.json"
-    path.write_text("[]" if changed is None else json.dumps(runs.read_json(path) | changed))
+    path.write_text("[]" if changed is None else json.dumps(files.read_json(path) | changed))
     words = tiny.words(easy, copy.parent.parent, "--ema-decay", 0.9, "--resume", epochs=2)
     tiny.refused(capsys, train_student, words, path, "--overwrite")
 
@@ -193,7 +195,7 @@ def test_a_config_that_was_removed_or_changed_is_written_again(easy, tmp_path, m
 def test_a_report_names_odd_numbers(copy, capsys, changed):
     (copy / runs.SUMS).unlink()
     path = copy / "final.json"
-    path.write_text(json.dumps(runs.read_json(path) | changed))
+    path.write_text(json.dumps(files.read_json(path) | changed))
     tiny.refused(capsys, report, ["--results-dir", copy.parent.parent], path)
 
 
@@ -202,7 +204,7 @@ def test_a_report_names_odd_numbers(copy, capsys, changed):
     dict(teacher=5, teacher_sha256="a" * 64)])
 def test_a_page_names_an_odd_config(copy, capsys, changed):
     path = copy / "config.json"
-    path.write_text(json.dumps(runs.read_json(path) | changed))
+    path.write_text(json.dumps(files.read_json(path) | changed))
     tiny.refused(capsys, look, [copy], path, "no text")
 
 
@@ -214,7 +216,7 @@ def test_outputs_of_a_teacher_that_fit_their_sum_alone(tmp_path, capsys, table):
     aside = tmp_path / "aside.npy"
     good = np.ones((2, 6, 4), np.float32)
     np.save(aside, good if table is None else table, allow_pickle=True)
-    path = tmp_path / f"key-{runs.crc(aside):08x}.npy"
+    path = tmp_path / f"key-{files.crc(aside):08x}.npy"
     aside.rename(path)
     found = distill.whole_cache(tmp_path, "key", (2, 6, 4), np.float32)
     assert (found == path) is path.exists() is (table is None)
@@ -234,7 +236,7 @@ def test_nothing_is_written_into_a_folder_that_was_made_anew(easy, tmp_path, cap
     monkeypatch.setattr(runs, "write_history", exchanged)
     tiny.refused(capsys, train_student, tiny.words(easy, tmp_path), folder, "removed")
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-    assert not runs.HELD
+    assert not files.HELD
 
 
 def test_arrays_of_another_byte_order_are_made_anew(tmp_path):
@@ -253,6 +255,69 @@ def test_arrays_of_another_byte_order_are_made_anew(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'>i8'"))
     found, _ = readers.cached_arrays(folder, read)
     assert len(made) == 2 and found["train_labels"].dtype == np.int64
+
+
+@pytest.mark.filterwarnings("ignore:Data type alias")
+def test_any_flipped_bit_in_a_header_of_numbers_is_noticed_or_harmless(tmp_path, capsys):
+    """NumPy reads such a header as Python does, and bits that have flipped lead to errors of half a
+    dozen kinds."""
+    labels, table = np.arange(6) % 2, np.ones((2, 6, 4), np.float32)
+    images = np.zeros((6, 4, 4, 3), np.uint8)
+    readers.cached_arrays(tmp_path / "arrays", lambda: (
+        dict.fromkeys(("train", "test"), (images, labels)), ["a", "b"]))
+    np.save(tmp_path / "table.npy", table)
+    one, raised = tmp_path / f"key-{files.crc(tmp_path / 'table.npy'):08x}.npy", set()
+    for path, read in ((tmp_path / "arrays" / "train_labels.npy", readers.mapped),
+                       (one, lambda where: distill.whole_cache(
+                           where.parent, "key", (2, 6, 4), np.float32))):
+        good = (tmp_path / "table.npy" if path == one else path).read_bytes()
+        for bit in (*range(1024), None):
+            path.write_bytes(b"PK\3\4" + good[4:] if bit is None else flipped(good, bit))
+            try:
+                np.load(path)
+            except Exception as error:
+                raised.add(type(error))
+            found = read(tmp_path / "arrays")
+            if path != one and found:           # of the spaces that fill it
+                assert np.array_equal(found[0]["train_labels"], labels)
+            assert path != one or not found and not path.exists()
+        path.write_bytes(good)
+        assert read(tmp_path / "arrays")
+    assert len(raised) > 3      # else this test shows nothing
+
+
+@pytest.mark.parametrize("name", ["config.json", "final.json", "metrics.csv", runs.SUMS, "test.npz",
+                                  "best.pt", "checkpoint.pt"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
+def test_what_is_no_file_in_a_run_is_named_and_not_waited_for(
+        chain, easy, tmp_path, capsys, name, kind):
+    folder = tmp_path / "digits" / "student-s0"
+    shutil.copytree(chain[0] / "digits" / "student-s0", folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(kind)
+    again = tiny.words(easy, tmp_path, "--resume", epochs=tiny.ENOUGH)
+    if name not in ("best.pt", "checkpoint.pt"):        # of which the report reads nothing
+        tiny.refused(capsys, report, ["--recipe", "digits", "--results-dir", tmp_path],
+                     folder / name)
+    if name in ("best.pt", "config.json"):
+        tiny.refused(capsys, look, [folder], folder / name)
+    if name in ("config.json", "final.json", runs.SUMS):
+        tiny.refused(capsys, train_student, again, folder / name)
+    if name == "checkpoint.pt":
+        (folder / "final.json").unlink()
+        tiny.refused(capsys, train_student, again, folder / name)
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(chain, easy, tmp_path):
+    """A stranger's folder may hold one, to a file of the user's."""
+    folder, mine = tmp_path / "digits" / "student-s0", tmp_path / "mine"
+    shutil.copytree(chain[0] / "digits" / "student-s0", folder)
+    mine.write_text("precious")
+    (folder / "final.json").unlink()
+    for name in runs.RUN_FILES:
+        (folder / f".{name}.part").symlink_to(mine)
+    tiny.run(train_student, easy, tmp_path, "--resume", epochs=tiny.ENOUGH, curves=True)
+    assert mine.read_text() == "precious" and (folder / "final.json").is_file()
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_named_or_harmless(easy, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 
 import common
 import distill
+import files
 import runs
 import train_student
 
@@ -88,10 +89,10 @@ def test_a_stop_while_a_file_is_written_leaves_the_old_one_alone(tmp_path, monke
     def stop(*_):
         raise KeyboardInterrupt
 
-    runs.write_whole(tmp_path / "final.json", b"old")
+    files.write_whole(tmp_path / "final.json", b"old")
     monkeypatch.setattr(runs.os, "fsync", stop)
     with pytest.raises(KeyboardInterrupt):
-        runs.write_whole(tmp_path / "final.json", b"new")
+        files.write_whole(tmp_path / "final.json", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["final.json"]
     assert (tmp_path / "final.json").read_bytes() == b"old"
 
@@ -136,13 +137,13 @@ def test_two_processes_that_write_one_file_leave_it_whole(tmp_path, monkeypatch)
     path, replace = tmp_path / "report.md", os.replace
 
     def late(aside, whole):
-        code = "import pathlib, runs, sys; runs.write_whole(pathlib.Path(sys.argv[1]), b'b')"
+        code = "import pathlib, runs, sys; files.write_whole(pathlib.Path(sys.argv[1]), b'b')"
         subprocess.run([sys.executable, "-c", code, path], cwd=HOUSE, check=True)
         assert path.read_bytes() == b"b"
         replace(aside, whole)
 
     monkeypatch.setattr(os, "replace", late)
-    runs.write_whole(path, b"aa")
+    files.write_whole(path, b"aa")
     assert path.read_bytes() == b"aa" and list(tmp_path.iterdir()) == [path]
 
 

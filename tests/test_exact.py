@@ -15,6 +15,7 @@ import torch
 
 import common
 import distill
+import files
 import models
 import runs
 import train_student
@@ -106,7 +107,7 @@ def test_a_run_stopped_while_it_writes_and_resumed_is_the_same(easy, tmp_path, m
     tiny.run(train_student, easy, tmp_path / "whole", *flags, epochs=3)
     writes = []
 
-    def stop(path, data, write=runs.write_whole):
+    def stop(path, data, write=files.write_whole):
         writes.append(path.name)
         if path.name == lost and (writes.count(lost) == 2 or lost == "final.json"):
             raise Stop
@@ -114,6 +115,7 @@ def test_a_run_stopped_while_it_writes_and_resumed_is_the_same(easy, tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(runs, "write_whole", stop)
+        patch.setattr(common, "write_whole", stop)
         tiny.run(train_student, easy, tmp_path / "cut", *flags, epochs=3)
     epoch = [name for name in writes if name not in ("config.json", "final.json")][:3]
     assert epoch == ["best.pt", "metrics.csv", "checkpoint.pt"]         # the last commits

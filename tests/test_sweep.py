@@ -7,9 +7,9 @@ import pytest
 import tiny
 
 import compare
+import files
 import plots
 import report
-import runs
 import train_teacher
 from sweep import mark, terminal
 
@@ -40,11 +40,11 @@ def test_a_grid_of_two_settings_and_two_seeds(easy, tmp_path, capsys):
         assert row["test_accuracy"] == compare.interval(mine) and row["seeds"] == [0, 1]
         config = folder / "digits" / f"alpha={row['alpha']},temperature={row['temperature']}-s1"
         with open(config / "metrics.csv", newline="") as file:
-            best = runs.read_json(config / "final.json")["best_epoch"]
+            best = files.read_json(config / "final.json")["best_epoch"]
             train = list(csv.DictReader(file))[best - 1]["train_accuracy"]
         assert [line["train_accuracy"] for line in lines if line["seed"] == "1" and (
             line["alpha"], line["temperature"]) == (row["alpha"], row["temperature"])] == [train]
-        config = runs.read_json(config / "config.json")
+        config = files.read_json(config / "config.json")
         assert (config["alpha"], config["temperature"], config["seed"]) == (
             float(row["alpha"]), float(row["temperature"]), 1)
     tests = {(line["alpha"], line["temperature"], line["seed"]): float(line["test_accuracy"])
@@ -70,7 +70,7 @@ def test_flags_that_go_together(easy, tmp_path):
     found = sweep(easy, tmp_path, "--over", "labels+batch-size=20+4,all+8",
                   "--over", "lr=1e-3,1e-2", script="train_student.py")
     runs_made = sorted((tmp_path / "sweeps/train_student-labels+batch-size-lr/digits").iterdir())
-    configs = [runs.read_json(run / "config.json") for run in runs_made]
+    configs = [files.read_json(run / "config.json") for run in runs_made]
     assert [run.name for run in runs_made] == [
         f"labels={n},batch-size={b},lr={lr}-s0" for n, b in (("20", 4), ("all", 8))
         for lr in ("1e-2", "1e-3")]
@@ -85,7 +85,7 @@ def test_a_teacher_for_each_seed(easy, tmp_path):
     configs = sorted((tmp_path / "sweeps/S/digits").glob("*/config.json"))
     assert [path.parent.name for path in configs] == [
         f"teacher=epochs={n}-s0-s0" for n in (1, 2)]
-    assert len({runs.read_json(path)["teacher_sha256"] for path in configs}) == 2
+    assert len({files.read_json(path)["teacher_sha256"] for path in configs}) == 2
     assert len(found["rows"]) == 2
 
 
