@@ -325,8 +325,10 @@ def guard(args):
             fail(f"--deterministic: {text.split()[0]} of PyTorch cannot, on this device; leave "
                  "--deterministic out, or give another --arch, --pool or --device")
         counted = re.search("integer out of range|32-bit ind", text)        # of a GPU's kernels
-        if not (counted or isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-                "not enough memory|allocate memory|bad_alloc|out of memory", text)):
+        lacking = ("not enough memory|allocate memory|bad_alloc|out of memory|"
+                   "could not create a primitive")      # oneDNN's word for it
+        if not (counted or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or re.search(lacking, text)):
             raise
         asked = re.search(r"allocate ([\d.]+ ?\w+)", text)
         lack = (f"out of memory: {asked[1] if asked else 'more'} asked for beside "

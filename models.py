@@ -6,7 +6,6 @@
 
 What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
-import copy
 
 import torch
 from torch import nn
@@ -235,10 +234,11 @@ def count_macs(model, image_shape):
         # Every output number is a sum over one row of the weight.
         counts.append(output[0].numel() * layer.weight[0].numel())
 
-    model = copy.deepcopy(model).eval()
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
+    hooks = [layer.register_forward_hook(count) for layer in model.modules()
+             if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    held = {name: value.to("meta") for name, value in model.state_dict().items()}   # only shapes
     with torch.no_grad():
-        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+        torch.func.functional_call(model, held, torch.zeros(2, *image_shape, device="meta"))
+    for hook in hooks:
+        hook.remove()
     return sum(counts)

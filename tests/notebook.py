@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tutor.ipynb"
 # In the order of reading: what a file imports stands above it.
-FILES = ("recipes", "launch", "flags", "runs", "device", "common", "cards", "models", "digits",
-         "download", "decode", "readers", "data", "plots", "train_student", "train_teacher",
-         "distill", "calc", "compare", "sweep", "render", "report", "look")
+FILES = ("recipes", "launch", "flags", "files", "runs", "device", "common", "cards", "models",
+         "digits", "download", "decode", "readers", "data", "plots", "train_student",
+         "train_teacher", "distill", "calc", "compare", "sweep", "render", "report", "look")
 
 INTRODUCTION = """\
 # Tutor

@@ -137,7 +137,7 @@ def test_two_processes_that_write_one_file_leave_it_whole(tmp_path, monkeypatch)
     path, replace = tmp_path / "report.md", os.replace
 
     def late(aside, whole):
-        code = "import pathlib, runs, sys; files.write_whole(pathlib.Path(sys.argv[1]), b'b')"
+        code = "import files, pathlib, sys; files.write_whole(pathlib.Path(sys.argv[1]), b'b')"
         subprocess.run([sys.executable, "-c", code, path], cwd=HOUSE, check=True)
         assert path.read_bytes() == b"b"
         replace(aside, whole)
@@ -172,14 +172,15 @@ def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
      "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",
                               "lower --batch-size"]),
+    (RuntimeError, "could not create a primitive", ["out of memory", "lower --batch-size"]),
     (RuntimeError, "integer out of range", [
         "a kernel of PyTorch can count (integer out of range)", "batches of 16 images of 3×16×16",
         "lower --batch-size"]),
     (RuntimeError, "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation,"
      " but you set 'torch.use_deterministic_algorithms(True)'. You can …",
      ["--deterministic: adaptive_max_pool2d_backward_cuda", "leave --deterministic out"])])
-def test_what_a_gpu_cannot_do_is_told(easy, tmp_path, capsys, monkeypatch, kind, text, parts):
-    """What PyTorch raises there, as no GPU is at hand here."""
+def test_what_a_device_cannot_do_is_told(easy, tmp_path, capsys, monkeypatch, kind, text, parts):
+    """What PyTorch raises there, as no GPU is at hand here, nor always the same lack of memory."""
     def full(*_):
         raise kind(text)
 
