@@ -115,7 +115,11 @@ html: $(READY)  ## results/report.html: all of it in one file
 publish: $(READY)  ## small files of a RECIPE, or of a SWEEP, to published
 	$(PYTHON) report.py publish --recipe $(RECIPE) --results-dir=$(FOLDER) $(call typed,SWEEP,sweep)
 
+SOME_SEEDS = test -n "$(strip $(SEEDS))" || { \
+	echo 'error: SEEDS is empty; give numbers: make $@ SEEDS="0 1 2"' >&2; exit 2; }
+
 stats: $(READY)  ## the chain for every seed of SEEDS
+	@$(SOME_SEEDS)
 	@for seed in $(SEEDS); do \
 	  $(MAKE) --no-print-directory all RECIPE=$(RECIPE) SEED=$$seed || exit; done
 
@@ -123,6 +127,7 @@ stats: $(READY)  ## the chain for every seed of SEEDS
 SWEEPER = $(PYTHON) report.py sweep --seeds "$(SEEDS)"
 
 teachers: $(READY)  ## the teacher of every seed of SEEDS
+	@$(SOME_SEEDS)
 	@for seed in $(SEEDS); do \
 	  $(MAKE) --no-print-directory teacher RECIPE=$(RECIPE) SEED=$$seed || exit; done
 

@@ -295,19 +295,21 @@ def init(recipe: NAME, *, init: {} = None, out: dict(type=a_file) = None):
     import torch
 
     import plots
+    from device import guard
     from models import INITS, build
     answer, lines, (side, classes) = {}, [], (64, 200) if recipe[:4] == "tiny" else (32, 10)
     arch, *options = map(settings(recipe, "teacher").get, ("arch", "pool", "activation", "norm"))
     for name in [init] if init else INITS:
-        torch.manual_seed(0)
-        model = build(arch, classes, (3, side, side), name, *options)
-        x, kept = torch.randn(32, 3, side, side), []
-        for layer in [*model.features, *model.classifier]:
-            x = layer(x)
-            kept += [x] * isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)
-        loss = torch.nn.functional.cross_entropy(x, torch.arange(32) % classes)
-        answer[name] = {key: [tensor.std().item() for tensor in tensors] for key, tensors in (
-            ("output", kept), ("gradient", torch.autograd.grad(loss, kept)))}
+        with guard():
+            torch.manual_seed(0)
+            model = build(arch, classes, (3, side, side), name, *options)
+            x, kept = torch.randn(32, 3, side, side), []
+            for layer in [*model.features, *model.classifier]:
+                x = layer(x)
+                kept += [x] * isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)
+            loss = torch.nn.functional.cross_entropy(x, torch.arange(32) % classes)
+            answer[name] = {key: [tensor.std().item() for tensor in tensors] for key, tensors in (
+                ("output", kept), ("gradient", torch.autograd.grad(loss, kept)))}
     figure = plots.Figure(figsize=(10, 4), layout="constrained")
     for key, axes in zip(("output", "gradient"), figure.subplots(1, 2), strict=True):
         rows = [*zip(*(found[key] for found in answer.values()), strict=True)]     # a layer each
@@ -383,7 +385,8 @@ def ask(argv):
     try:
         return *function(**args), as_json
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(error if isinstance(error, ValueError) else
+             f"{error.filename}: cannot be written ({error.strerror}); give another --out FILE")
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""One image file → RGB pixels of one size, or a line that says why not. Files are untrusted: their
+"""An image file → RGB pixels of one size, or a line that says why not. Files are untrusted: their
 sizes are held against a limit, and no other program is started.
 
 No command of its own, and no torch.
@@ -7,9 +7,13 @@ import contextlib
 import errno
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from flags import fail
 
 # Else PIL starts Ghostscript for PostScript, which is a program; IPTC files may hold some, too.
 EpsImagePlugin.gs_binary = False
@@ -120,3 +124,29 @@ def read_image(path, size, fit):
         if isinstance(error, UnidentifiedImageError):
             reason = "of no known format, or cut short" if os.path.getsize(path) else "empty"
         raise ValueError(f"{path}: not an image that can be decoded ({reason})") from None
+
+
+def decode_all(files, size, fit, what, threads):
+    """Return (N, size, size, 3) uint8, decoded in parallel, and {row: why} of files that cannot be
+    decoded."""
+    images, bad = np.empty((len(files), size, size, 3), np.uint8), {}
+
+    def fill(row):
+        images[row] = read_image(files[row], size, fit)
+
+    # PIL decodes outside Python's lock.
+    with decoding(), ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(fill, row) for row in range(len(files))]
+        try:
+            for row, job in enumerate(tqdm(jobs, what, leave=False, unit=" images",
+                                           dynamic_ncols=True, disable=None)):     # on no terminal
+                try:
+                    job.result()
+                except ValueError as error:
+                    bad[row] = str(error)
+        except (OSError, MemoryError) as error:
+            fail(error)
+        finally:        # an error or Ctrl-C would else wait until all of them are decoded
+            for job in jobs:
+                job.cancel()
+    return images, bad

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import errno
 import functools
 import math
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -297,7 +299,7 @@ def share_buffers_(*modules):
 # ---- memory -----------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def guard(args):
+def guard(args=SimpleNamespace()):      # noqa: B008
     """End with one line where memory or a disk gives out, or another process has ended."""
     BEGUN.clear()
     try:
@@ -309,7 +311,8 @@ def guard(args):
         raise
     except OSError as error:
         where = error.filename or "standard output, or a file"
-        gone = error.filename and not Path(os.fsdecode(error.filename)).parent.exists()
+        gone = error.errno == errno.ENOENT and error.filename and not (
+            Path(os.fsdecode(error.filename)).parent.exists())
         fail(f"{where}: {error.strerror or error}; " + (
             f"its folder is gone: put it back, or {again(args)} begins anew" if gone else
             f"all that was finished is kept: mend that, and {again(args)} goes on"))

@@ -29,7 +29,7 @@ import data
 import download
 import models
 import runs
-from files import crc, read_array, reserve, sync
+from files import absent_after_an_error, crc, new_array, read_array, sync
 from device import guard, processor, rank, share, silent, summed, wait
 from train_student import CHOICES, announce, detail, prepare, run
 
@@ -224,12 +224,12 @@ def fill(folder, key, shape, teacher, train, stream, precision):
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.part"):       # of a process that was killed
             old.unlink(missing_ok=True)
-        np.lib.format.open_memmap(aside, "w+", STORED[precision], shape)
-        reserve(aside)
+        new_array(aside, STORED[precision], shape)
     wait()
     table, mine = np.lib.format.open_memmap(aside, "r+"), share(views)
-    with tqdm(total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
-              leave=False, disable=silent()) as bar:
+    with absent_after_an_error(aside), tqdm(
+            total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
+            leave=False, disable=silent()) as bar:
         for view in mine:
             # The last of the fresh ones, which count from 1, is at epochs mod epochs = 0.
             draw = train.draw(stream, view or (0 if train.views else views))

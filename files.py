@@ -30,19 +30,13 @@ def write_whole(path, data):
             os.fstat(HELD[path.parent]), os.stat(path.parent)):
         fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
              "another process made this one; nothing is written here")
-    try:
+    with absent_after_an_error(aside, path):
         aside.unlink(missing_ok=True)       # of a process that was killed; or a link elsewhere
         with open(aside, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
 
 
 def sync(path):
@@ -51,16 +45,28 @@ def sync(path):
         os.fsync(file.fileno())
 
 
-def reserve(path):
-    """Take the whole of a mapped file's place on the disk: a disk that is full while it is written
-    would end the process with SIGBUS, without a word."""
-    try:
+def new_array(path, kind, shape):
+    """Make an .npy file to be filled, and take the whole of its place on the disk: one that is full
+    while a mapped file is written would end the process with SIGBUS, without a word."""
+    with absent_after_an_error(path):
+        np.lib.format.open_memmap(path, "w+", kind, shape)
         with open(path, "r+b") as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def absent_after_an_error(path, named=None):
+    """Remove a file that was not finished, because of an error or Ctrl-C. An OSError names it, or
+    the file that it was to become."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(named or path)) from None
+        raise
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -121,10 +127,11 @@ def damage(path):
             if [info.filename[-8:] for info in infos].count("data.pkl") != 1:
                 wrong = "no data.pkl in it, as torch.save writes, or two"
     except Exception as error:      # what flipped bits lead to is of many kinds
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(2) == b"\x80\x02":
-                return "in PyTorch's format of before 1.6, without checksums; ask for a newer copy"
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"
-        wrong = str(error) or type(error).__name__
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if (head := file.read(2)) == b"\x80\x02":
+                return "in PyTorch's format of before 1.6, without checksums; ask for a newer copy"
+            wrong = str(error) or type(error).__name__
+            wrong = wrong if head == b"PK" else "it does not begin as a checkpoint does"
     return wrong and f"cut short or damaged ({wrong}); take a whole copy, or train with --overwrite"

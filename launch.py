@@ -1,8 +1,8 @@
 """How a script starts and ends: Ctrl-C and SIGTERM are answered from its first moment on, what is
 wrong is said in one line. No torch. No command of its own.
 """
+import _signal  # of `signal`; that itself takes 10 ms to import
 import os
-import signal
 import sys
 
 
@@ -16,16 +16,17 @@ def answer_early(main):
             os.write(2, b"error: stopped; nothing was begun, start it again\n")
             os._exit(128 + number)
 
-        for number, usual in ((signal.SIGINT, signal.default_int_handler),
-                              (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) is usual:       # in the background Ctrl-C is ignored
-                signal.signal(number, leave)
+        for number, usual in ((_signal.SIGINT, _signal.default_int_handler),
+                              (_signal.SIGTERM, _signal.SIG_DFL)):
+            if _signal.getsignal(number) is usual:      # in the background Ctrl-C is ignored
+                _signal.signal(number, leave)
 
 
 answer_early(sys.modules["__main__"])       # before anything that takes longer to import
 
 import contextlib
 import logging
+import signal
 import threading
 import time
 

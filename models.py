@@ -232,7 +232,7 @@ def count_macs(model, image_shape):
 
     def count(layer, inputs, output):
         # Every output number is a sum over one row of the weight.
-        counts.append(output[0].numel() * layer.weight[0].numel())
+        counts.append(output.shape[1:].numel() * layer.weight[0].numel())
 
     hooks = [layer.register_forward_hook(count) for layer in model.modules()
              if isinstance(layer, (nn.Conv2d, nn.Linear))]

@@ -10,13 +10,11 @@ import os
 import shutil
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 import download
-from decode import decoding, read_image
+from decode import decode_all
 from device import memory, refuse_beyond_memory, threads
 from files import read_array, read_text, write_whole
 from flags import fail, plain, say
@@ -45,11 +43,15 @@ def image_files(folder, seen=(), left=None):
             found += image_files(path, (*seen, real), left)
         elif entry.is_file():
             found.append(path)
-        elif path.exists():
-            fail(f"{path}: neither a file nor a folder; remove it")
         else:
-            fail(f"{path}: a link that leads nowhere; remove it")
+            refuse(path)
     return found
+
+
+def refuse(path):
+    """Leave because of what is neither a file nor a folder."""
+    fail(f"{path}: " + ("neither a file nor a folder" if path.exists() else
+                        "a link that leads nowhere") + "; remove it")
 
 
 def folder_listing(root):
@@ -64,7 +66,11 @@ def folder_listing(root):
     for split, name in (("train", "train"), ("test", test)):
         there = sorted((root / name).iterdir())
         folders = [d for d in there if d.is_dir() and not d.name.startswith(".")]
-        left += [path for path in there if path not in folders]
+        for path in there:
+            if path not in folders:
+                if not (path.name.startswith(".") or path.is_file()):
+                    refuse(path)
+                left.append(path)
         listing[split] = {d.name: image_files(d, left=left) for d in folders}
         for d in folders:
             if not listing[split][d.name]:
@@ -87,12 +93,16 @@ def tell_left(left):
                   + f" and {len(left) - 1} more" * (len(left) > 1)))
 
 
+def top_of(listing):
+    """Return the folder that all files of a listing lie in."""
+    return os.path.commonpath([files[0] for classes in listing.values()
+                               for files in classes.values()])
+
+
 def fingerprint(listing):
     """Hash of paths, sizes and times: changes whenever a file is added, removed or rewritten, and
     not with the way that leads to the folder."""
-    digest = hashlib.sha256()
-    top = len(os.path.commonpath([files[0] for classes in listing.values()
-                                  for files in classes.values()]))
+    digest, top = hashlib.sha256(), len(top_of(listing))
     for split, classes in listing.items():
         for files in classes.values():
             for path in files:
@@ -102,41 +112,16 @@ def fingerprint(listing):
     return digest.hexdigest()[:16]
 
 
-def decode_all(files, size, fit, what):
-    """Return (N, size, size, 3) uint8, decoded in parallel, and {row: why} of files that cannot be
-    decoded."""
-    images, bad = np.empty((len(files), size, size, 3), np.uint8), {}
-
-    def fill(row):
-        images[row] = read_image(files[row], size, fit)
-
-    # PIL decodes outside Python's lock.
-    with decoding(), ThreadPoolExecutor(threads()) as pool:
-        jobs = [pool.submit(fill, row) for row in range(len(files))]
-        try:
-            for row, job in enumerate(progress(jobs, what)):
-                try:
-                    job.result()
-                except ValueError as error:
-                    bad[row] = str(error)
-        except (OSError, MemoryError) as error:
-            fail(error)
-        finally:        # an error or Ctrl-C would else wait until all of them are decoded
-            for job in jobs:
-                job.cancel()
-    return images, bad
-
-
 def read_folder(listing, size, fit, skip_bad=False):
     """Return {"train": (images, labels), "test": ...}, the classes, and a line for each file left
-    out as it cannot be decoded; without skip_bad one such file ends with a line."""
+    out as it cannot be decoded, from where all files lie; without skip_bad one ends with a line."""
     classes, arrays, skipped = list(listing["train"]), {}, []
     refuse_beyond_memory(2 * count(listing) * size * size * 3,      # once more while shuffled
                          f"{count(listing)} images of {size}×{size}", "give a smaller --image-size")
     for split, folders in listing.items():
         files = [path for name in classes for path in folders[name]]
         labels = np.repeat(np.arange(len(classes)), [len(folders[name]) for name in classes])
-        images, bad = decode_all(files, size, fit, f"decoding {split}")
+        images, bad = decode_all(files, size, fit, f"decoding {split}", threads())
         if bad:
             images, labels = (np.delete(array, list(bad), 0) for array in (images, labels))
         skipped += bad.values()
@@ -150,16 +135,11 @@ def read_folder(listing, size, fit, skip_bad=False):
             fail(f"--skip-bad would leave no image of class {name!r} in {split}, where "
                  f"{listing[split][name][0]} is the first that cannot be decoded; mend them, or "
                  "remove the class")
-    return arrays, classes, skipped
+    return arrays, classes, [line.removeprefix(top_of(listing) + os.sep) for line in skipped]
 
 
 def count(listing):
     return sum(len(files) for classes in listing.values() for files in classes.values())
-
-
-def progress(items, what):
-    return tqdm(items, what, leave=False, unit=" images", dynamic_ncols=True,
-                disable=not sys.stderr.isatty())
 
 
 # ---- published sets ---------------------------------------------------------------------------
@@ -350,7 +330,7 @@ def image_arrays(folder, kind, listing, size, fit, skip_bad=False):
         say(f"--skip-bad: {len(skipped)} of {count(listing)} image files left out")
         shown = LISTED if kept_list.is_file() else None
         for line in skipped[:shown]:
-            say(f"  {plain(line)}")
+            say(f"  {plain(os.path.join(top_of(listing), line))}")
         if len(skipped) > len(skipped[:shown]):
             say(plain(f"  ... and {len(skipped) - LISTED} more: {kept_list}"))
     return arrays, facts

@@ -151,6 +151,10 @@ def open_run(args, config, name, held=False):
     name = plain_name("--run", name if args.run is None else args.run)
     folder = Path(args.results_dir) / args.recipe / name
     if args.overwrite or not folder.exists():
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            what = "may not be written" if place.is_dir() else "not a folder"
+            fail(f"{place}: {what}; give another --results-dir, or --run")
         return folder, None
     if not folder.is_dir():
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")

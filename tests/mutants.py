@@ -87,8 +87,8 @@ EQUIVALENT = {
     "taught: silent.append(1) or len(silent) > 20 -> silent.append(0) or len(silent) > 20": LIST,
     "taught: silent.append(1) or len(silent) > 20 -> silent.append(2) or len(silent) > 20": LIST,
     "seed_for: 1 -> 2": "the first word is the same however many are drawn",
-    "count_macs: model.eval()(torch.zeros(1, *image_shape, device=device)) -> model.eval()("
-    "torch.zeros(2, *image_shape, device=device))": "the outputs of one image are counted",
+    "count_macs: torch.zeros(2, *image_shape, device='meta') -> torch.zeros(3, *image_shape, "
+    "device='meta')": "the outputs of one image are counted",
     "verdict: 'helps' if low > 0 else 'hurts' -> 'helps' if low >= 0 else 'hurts'":
         "a low end of 0 has been told apart before",
     "train_epoch: optimizer.zero_grad(set_to_none=True) -> optimizer.zero_grad()":

@@ -6,8 +6,10 @@ import itertools
 import random
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import tiny
 import torch
 import torchvision
 from PIL import Image
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import calc
 import flags
 import models
+import plots
 
 HOUSE = Path(calc.__file__).parent
 RECIPES = ("digits", "tinyimagenet-meanteacher", "tinyimagenet-kd", "cifar10-he-max",
@@ -139,6 +142,16 @@ def test_random_chains_agree_with_torch_or_are_refused_with_it():
         assert answer["macs"] == sum(row["macs"] for row in answer["layers"]) == multiply_adds(
             nn.Sequential(*modules), torch.zeros(2, *start, device="meta")), (start, texts)
     assert refusals >= 100          # both sides of the comparison were tried
+
+
+@pytest.mark.parametrize("what, name, error, parts", [
+    (torch, "randn", RuntimeError("can't allocate memory: you tried to allocate 38535168 bytes"),
+     ["out of memory: 38535168 bytes"]),
+    (plots, "save", OSError(28, "No space left on device", "x.png"),
+     ["x.png: cannot be written (No space left on device)", "--out"])])
+def test_memory_or_a_disk_that_gives_out_is_told(capsys, monkeypatch, what, name, error, parts):
+    monkeypatch.setattr(what, name, mock.Mock(side_effect=error))
+    tiny.refused(capsys, calc, ["init", "digits", "--init", "he"], *parts)
 
 
 def test_output_size_is_that_of_every_pool():

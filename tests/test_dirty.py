@@ -231,8 +231,8 @@ def test_the_arrays_say_so_again_and_serve_no_other(folder, capsys, monkeypatch)
     spoil(folder, "train/blue/1.png")
     first = load(folder, skip_bad=True)
     told, decoded = capsys.readouterr().out, []
-    monkeypatch.setattr(readers, "read_image",
-                        lambda *words: decoded.append(1) or decode.read_image(*words))
+    monkeypatch.setattr(decode, "read_image", lambda *words, whole=decode.read_image: (
+        decoded.append(1) or whole(*words)))
     again = load(folder, skip_bad=True)
     assert capsys.readouterr().out == told and not decoded and again.key == first.key
     assert isinstance(again.train.images, np.memmap)
@@ -254,12 +254,33 @@ def test_a_long_list_is_cut_and_kept_whole(folder, capsys):
     (listed,) = folder.glob(".arrays/*/skipped.txt")
     assert len(lines) == 22 and lines[0].startswith("--skip-bad: 25 of 49")
     assert lines[-1] == f"  ... and 5 more: {listed}"
-    assert [f"  {line}" for line in listed.read_text().splitlines()[:20]] == lines[1:21]
+    assert [f"  {folder}/{line}" for line in listed.read_text().splitlines()[:20]] == lines[1:21]
     assert len(listed.read_text().splitlines()) == 25
     shutil.rmtree(folder / ".arrays")
     (folder / ".arrays").write_text("in the way")       # nowhere to keep it: all are shown
     load(folder, skip_bad=True)
     assert len(capsys.readouterr().out.splitlines()) == 26
+
+
+def test_files_left_out_are_listed_where_they_are_now(folder, capsys):
+    spoil(folder, "train/blue/1.png")
+    load(folder, skip_bad=True)
+    told = capsys.readouterr().out
+    moved = folder.rename(folder.with_name("moved"))
+    load(moved, skip_bad=True)
+    assert capsys.readouterr().out == told.replace(f"{folder}/", f"{moved}/") != told
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "circle", "pipe"])
+def test_a_class_that_is_no_folder_is_not_left_out(folder, capsys, kind):
+    """A disk that is not mounted would make two classes of three."""
+    for split in ("train", "test"):
+        path = folder / split / "green"
+        shutil.rmtree(path, ignore_errors=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to(
+            path if kind == "circle" else "/nowhere/green")
+    refused(capsys, folder, folder / "train" / "green",
+            "neither a file nor a folder" if kind == "pipe" else "a link that leads nowhere")
 
 
 def test_a_class_without_any_image_left_is_refused(folder, capsys):

@@ -14,6 +14,7 @@ import tiny
 import torch
 
 import common
+import data
 import distill
 import files
 import runs
@@ -148,13 +149,32 @@ def test_two_processes_that_write_one_file_leave_it_whole(tmp_path, monkeypatch)
 
 
 def test_a_full_disk_while_the_teachers_outputs_are_kept(easy, results, capsys, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", str(results / "digits/.teacher/x.part"))
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device")        # NumPy names no file
 
     monkeypatch.setattr(np.lib.format, "open_memmap", full)
-    tiny.refused(capsys, distill, tiny.words(easy, results, "--views", 1), "No space left",
-                 ".teacher")
-    assert not (results / "digits" / "kd-s0").exists()
+    line = tiny.refused(capsys, distill, tiny.words(easy, results, "--views", 1), "No space left",
+                        results / "digits" / ".teacher", ".part: ", "goes on")
+    assert "gone" not in line and not (results / "digits" / "kd-s0").exists()
+    assert not (results / "digits" / ".teacher").exists()
+
+
+def test_ctrl_c_while_the_teachers_outputs_are_kept_leaves_none(easy, results, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.Batches, "look", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(distill, easy, results, "--views", 1)
+    assert not (results / "digits" / ".teacher").exists()
+
+
+@pytest.mark.parametrize("place, part", [("/dev/null", "not a folder"), ("file", "not a folder")])
+def test_a_dry_run_looks_whether_there_is_a_place(easy, tmp_path, capsys, place, part):
+    (tmp_path / "file").touch()
+    words = tiny.words(easy, tmp_path / place, "--dry-run")
+    tiny.refused(capsys, train_student, words, f"{tmp_path / place}: {part}", "--results-dir")
 
 
 # ---- memory that gives out --------------------------------------------------------------------

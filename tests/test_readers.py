@@ -175,13 +175,13 @@ def kept(folder):
 @pytest.fixture
 def decoded(monkeypatch):
     """Names of the files that were decoded."""
-    names, whole = [], readers.read_image
+    names, whole = [], decode.read_image
 
     def spy(path, *more):
         names.append(path.name)
         return whole(path, *more)
 
-    monkeypatch.setattr(readers, "read_image", spy)
+    monkeypatch.setattr(decode, "read_image", spy)
     return names
 
 
@@ -231,8 +231,8 @@ def test_arrays_larger_than_the_memory_are_read_without_their_neighbours(folder,
         def _mmap(self, _):
             pass
 
-    monkeypatch.setattr(np, "load", lambda path, mmap_mode, whole=np.load: whole(
-        path, mmap_mode=mmap_mode).view(Spy))
+    monkeypatch.setattr(readers, "read_array",
+                        lambda path, whole=readers.read_array: whole(path).view(Spy))
     load(folder)
     assert not asked
     monkeypatch.setattr(readers, "memory", lambda: before.train.images.nbytes)

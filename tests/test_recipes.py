@@ -94,6 +94,12 @@ def test_what_make_publishes():
     assert commands("publish", "SWEEP=alpha")[0][-1] == "--sweep=alpha"
 
 
+@pytest.mark.parametrize("target", ["stats", "teachers"])
+def test_no_seeds_are_not_all_that_was_asked_for(target):
+    done = tiny.make(target, "SEEDS=", "PYTHON=python", "VENV=")
+    assert done.returncode == 2 and f'make {target} SEEDS="0 1 2"' in done.stderr
+
+
 def test_make_knows_the_recipes_and_no_other():
     makefile = (tiny.ROOT / "Makefile").read_text()
     names = dict(re.findall(r"^(\w+) += (.*)$", makefile, re.M))
