@@ -134,9 +134,9 @@ def make_optimizer(model, args):
     """Return the optimizer; biases and norms are not decayed."""
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
               {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
     options = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)      # in one pass
-    if args.optimizer == "sgd":
+    if args.optimizer == "sgd":     # fused, it takes no parameter that joins the others later
+        options["fused"] = not runs.frozen_for(args)
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **options)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](groups, **options)
 

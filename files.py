@@ -30,8 +30,8 @@ def write_whole(path, data):
             os.fstat(HELD[path.parent]), os.stat(path.parent)):
         fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
              "another process made this one; nothing is written here")
+    aside.unlink(missing_ok=True)       # of a process that was killed; or a link elsewhere
     with absent_after_an_error(aside, path):
-        aside.unlink(missing_ok=True)       # of a process that was killed; or a link elsewhere
         with open(aside, "xb") as file:
             file.write(data)
             file.flush()
@@ -116,7 +116,8 @@ def damage(path):
     """Return what is wrong with the bytes of a checkpoint, a zip file with checksums of its own,
     which torch does not look at; None if nothing is."""
     if not path.is_file():
-        return "a folder; give its best.pt" if path.is_dir() else "no such file"
+        return ("a folder; give its best.pt" if path.is_dir() else
+                "no plain file" if path.exists() else "no such file")
     try:
         with zipfile.ZipFile(path) as bundle:
             # Torch packs nothing; what is packed, or in it often, may unpack to any size.

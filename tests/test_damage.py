@@ -305,7 +305,7 @@ def test_what_is_no_file_in_a_run_is_named_and_not_waited_for(
         tiny.refused(capsys, train_student, again, folder / name)
     if name == "checkpoint.pt":
         (folder / "final.json").unlink()
-        tiny.refused(capsys, train_student, again, folder / name)
+        tiny.refused(capsys, train_student, again, folder / name, "no plain file")
 
 
 def test_a_link_in_the_place_of_a_part_is_not_followed(chain, easy, tmp_path):

@@ -94,7 +94,9 @@ def test_an_epoch_begins_in_training_mode(options, features):
     assert {p.requires_grad for p in model.features.parameters()} == {features}
 
 
-def test_features_move_from_the_epoch_that_unfreezes_them(easy, tmp_path, starts, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_features_move_from_the_epoch_that_unfreezes_them(
+        easy, tmp_path, starts, monkeypatch, optimizer):
     states = []
 
     def spy(model, batch, whole=train_student.hard_loss):
@@ -102,7 +104,8 @@ def test_features_move_from_the_epoch_that_unfreezes_them(easy, tmp_path, starts
         return whole(model, batch)
 
     monkeypatch.setattr(train_student, "hard_loss", spy)
-    tiny.run(train_student, easy, tmp_path, "--freeze", "features", "--unfreeze-at", 2, epochs=2)
+    tiny.run(train_student, easy, tmp_path, "--freeze", "features", "--unfreeze-at", 2,
+             "--optimizer", optimizer, epochs=2)
     for epoch, state in states[:8]:         # up to the first batch of epoch 2
         assert moved(states[0][1], state) <= {"classifier"}, epoch
     assert moved(states[7][1], states[8][1]) == {"features", "classifier"}
