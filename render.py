@@ -231,7 +231,7 @@ def markdown_soak(found):
                                           for what in ("files", "threads"))] for row in held])
     made = sorted({f"{row['machine']['machine']}, {row['machine']['threads']} thread(s), torch "
                    f"{row['machine']['torch']}, {row['machine']['date']}, commit "
-                   f"{short(row['machine']['commit'])}" for row in rows})
+                   f"{short(row['machine']['commit'])}" for row in (*rows, *held)})
     return "\n\n".join([killed, *[kept] * bool(held), "<br>\n".join(made)])
 
 
