@@ -288,9 +288,9 @@ def by_seed(row, name):
     return dict(zip(row["seeds"], values, strict=True))
 
 
-def same(a, b, name):
-    """Return the seeds of which two rows have the same, as far as both say what they have."""
-    one, other = by_seed(a, name), by_seed(b, name)
+def same(a, b, name, its=None):
+    """Return the seeds of which two rows have the same, or the second `its`, as far as known."""
+    one, other = by_seed(a, name), by_seed(b, its or name)
     return {seed for seed in one if seed in other
             and (one[seed] == other[seed] or not (one[seed] and other[seed]))}
 
@@ -311,7 +311,8 @@ def compare(rows):
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
     shared = [seed for seed in ours if seed in theirs]
-    data, taught = same(a, b, "data"), same(a, b, "taught")     # two of one teacher are a pair
+    data = same(a, b, "data")       # two of one teacher are a pair, or a student and what taught it
+    taught = same(a, b, "taught", "weights" if b["key"] == "teacher" else None)
     seeds = [seed for seed in shared if seed in data & taught]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}
@@ -344,10 +345,13 @@ def add_gaps(rows):
         return "the teacher and the student alone are of other data"
     if mean(teacher.values()) <= mean(alone.values()):
         return "the teacher is not above the student alone"
+    known = {*rows["teacher"]["weights"], None}
     for row in rows.values():
         own = by_seed(row, "test_accuracy")
         seeds = [seed for seed in own if seed in alone]
-        if silent & {*seeds} or row["mixed"] or {*seeds} - same(row, rows["student"], "data"):
+        others = len(known) > 1 and {*row["taught"]} - known        # teachers
+        if (others or silent & {*seeds} or row["mixed"]
+                or {*seeds} - same(row, rows["student"], "data")):
             continue
         taught = [seed for seed in seeds if seed in teacher] or list(teacher)
         if seeds and row["learned"]:

@@ -26,12 +26,11 @@ from compare import (
     label,
     make_rows,
     read_runs,
-    teacher_of,
 )
 from files import write_whole
 from plots import MOST_BYTES, draw_comparison, draw_details
 from recipes import DEFAULTS, RECIPES, settings
-from runs import SUMS, short, this_version
+from runs import SUMS, short, taught_by_others, this_version
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -111,7 +110,8 @@ def _command(role, recipe, results_dir, config):
     words = ["python", f"train_{role}.py", "--recipe", recipe]
     default = {**settings(recipe, role), "results_dir": "results"}
     for key, value in {**config, "results_dir": results_dir}.items():
-        if key in ("dataset", "data_dir", "seed", "results_dir") and value != default[key]:
+        if key in ("dataset", "data_dir", "image_size", "fit", "val_fraction", "normalise", "seed",
+                   "results_dir") and value != default[key]:
             words += ["--" + key.replace("_", "-"), str(value)]
     return plain(shlex.join(words))
 
@@ -167,9 +167,7 @@ def _notes(groups, rows, made, no_gap, silent):
                                        for value, names in values.items())
             for name, values in row["mixed"].items())
         for key, row in rows.items() if row["mixed"] and not row["prefix"])
-    others = [f"{run['name']} ({teacher or run['config']['teacher']})"
-              for members in groups.values() for seed, run in members.items()
-              if (teacher := teacher_of(run)) != f"teacher-s{seed}"]
+    others = taught_by_others(groups)
     notes = (
         (True, f"{line[0].upper()}{line[1:]}."),
         (told, f"{told}."),

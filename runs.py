@@ -169,7 +169,8 @@ def open_run(args, config, name, held=False):
         now = json.loads(json.dumps(config))
         # ... and a fact that is newer was not asked about.
         old = {**{key: DEFAULTS.get(key, now[key]) for key in now.keys() - had.keys()}, **had}
-        differs = [f"{key} {short(old.get(key))} (asked for: {short(now.get(key))})"
+        words = {"data_key": "the images, by their data_key"}
+        differs = [f"{words.get(key, key)} {short(old.get(key))} (asked for: {short(now.get(key))})"
                    for key in (now.keys() | old.keys()) - skip if old.get(key) != now.get(key)]
         # A run stopped before its first epoch ended has nothing to lose.
         if differs and (finished or (folder / "checkpoint.pt").exists() or not args.resume):
@@ -263,6 +264,20 @@ def teacher_of(run):
         return f"teacher-s{run['final']['seed']}"
     *_, recipe, name, file = "", "", *Path(str(typed)).parts
     return name if (recipe, file) == (run["final"]["recipe"], "best.pt") else None
+
+
+def taught_by_others(groups):
+    """Return the names of runs, group -> seed -> run, that another network than the teacher of
+    their seed has taught: one of another name, or of this name, and trained again since."""
+    runs = [(seed, run) for members in groups.values() for seed, run in members.items()]
+    weights, found = {run["name"]: run["final"].get("weights_sha256") for _, run in runs}, []
+    for seed, run in runs:
+        teacher, taught = teacher_of(run), run["config"].get("teacher_sha256")
+        changed = taught and weights.get(teacher) not in (taught, None)
+        if changed or teacher != f"teacher-s{seed}":
+            since = ", which was trained again since" * bool(changed)
+            found.append(f"{run['name']} ({teacher or run['config']['teacher']}{since})")
+    return found
 
 
 def write_outputs(path, outputs, labels):

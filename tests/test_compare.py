@@ -2,6 +2,8 @@
 hand.
 """
 
+import json
+
 import pytest
 from fake_runs import SIX, compared, make_run, make_six, numbers, rows_of, run
 
@@ -97,6 +99,27 @@ def test_pairs_share_their_teacher(tmp_path):
     assert (found["n"], found["verdict"]) == (0, "other teachers")
     told = "Taught by another than the teacher of their seed: kd-only-s2 (teacher-s1)."
     assert told in result["notes"]
+
+
+def test_a_teacher_that_was_trained_again_is_not_that_of_its_student(tmp_path):
+    make_six(tmp_path, 3, only=("student",))
+    for seed in range(3):
+        make_run(tmp_path, f"kd-s{seed}", seed, SIX["kd"][seed], teacher_sha256=f"{seed}" * 64)
+        make_run(tmp_path, f"teacher-s{seed}", seed, SIX["teacher"][seed])
+    for again, pairs in (((), [0, 1, 2]), ((1,), [0, 2]), ((0, 1, 2), [])):
+        for seed in range(3):
+            path = tmp_path / "digits" / f"teacher-s{seed}" / "final.json"
+            sha = "f" * 64 if seed in again else f"{seed}" * 64
+            path.write_text(json.dumps(json.loads(path.read_text()) | dict(weights_sha256=sha)))
+        result = numbers(tmp_path)
+        found = compared(result)["kd - teacher"]["best"]
+        assert found["seeds"] == pairs and (found["verdict"] == "other teachers") == (not pairs)
+        gap = next(row["gap"] for row in result["rows"] if row["key"] == "kd")
+        assert (gap is None) == bool(again)
+        told = ", ".join(f"kd-s{seed} (teacher-s{seed}, which was trained again since)"
+                         for seed in again)
+        assert any(told in note for note in result["notes"]) if again else not any(
+            "Taught by another" in note for note in result["notes"])
 
 
 def test_pairs_share_their_data(tmp_path):
