@@ -31,6 +31,7 @@ TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None
 # Storage, offset, sizes, strides, no gradient, no hooks; a seventh is of other kinds. "hooks" is an
 # empty dict that some tensor has for them: what is put into it later, the tensor would have.
 OF_TENSOR = {"a storage"}, INTS, {"ints"}, {"ints"}, {"NEWFALSE"}, {"a dict", "hooks"}
+DICTS = {"a dict", "a filled dict"}             # OrderedDicts
 MADE = {"EMPTY_LIST", "EMPTY_DICT", "REDUCE", *TUPLES}
 MOST = 2**22, 2**18     # operations of a pickle, and what they make: 100 000 epochs take 3 million,
                         # and make 100 000 dicts
@@ -62,6 +63,9 @@ def search(pickled):
     def kinds_of(entries):
         return [kind for kind, *_ in entries]
 
+    def fill(entry):        # no hooks of a tensor from here on
+        entry[0] = "a filled dict" if entry[0] == "a dict" else entry[0]
+
     for count, (opcode, value, _) in enumerate(pickletools.genops(pickled)):
         name, fine, made = opcode.name, True, made + (opcode.name in MADE)
         if count >= MOST[0] or made > MOST[1]:
@@ -86,7 +90,8 @@ def search(pickled):
         elif name in ("SETITEM", "SETITEMS"):
             kinds = kinds_of(above(2 if name == "SETITEM" else None))
             fine = (NAMES.issuperset(kinds[::2]) and PARTS.isdisjoint(kinds)
-                    and stack[-1][0] in ("EMPTY_DICT", "a dict", "a filled dict"))
+                    and stack[-1][0] in {"EMPTY_DICT", *DICTS})
+            fill(stack[-1])
         elif name == "REDUCE":
             (called, *_), (given, held, _) = above(2)
             if called == TENSOR:
@@ -97,8 +102,8 @@ def search(pickled):
                 fine = (called, given, len(held)) == (ORDERED, "ints", 0)
             stack.append(["a tensor" if called == TENSOR else "a dict", (), None])
         elif name == "BUILD":       # an OrderedDict's attributes, which plain() leaves out
-            fine = kinds_of(above(1)) == ["EMPTY_DICT"] and stack[-1][0] in (
-                "a dict", "a filled dict")
+            fine = kinds_of(above(1)) == ["EMPTY_DICT"] and stack[-1][0] in DICTS
+            fill(stack[-1])
         elif name == "BINPERSID":
             _, held, _ = above(1)[0]
             kinds = kinds_of(held)
@@ -115,8 +120,6 @@ def search(pickled):
             fine = name == "STOP" or (name, value) == ("PROTO", 2)
         if not fine:
             raise Strange(name if opcode.name == "GLOBAL" else f"{name} of its pickle")
-        if name in ("SETITEM", "SETITEMS", "BUILD") and stack[-1][0] == "a dict":
-            stack[-1][0] = "a filled dict"
     return records
 
 

@@ -311,8 +311,8 @@ def compare(rows):
 def _difference(a, b, name):
     ours, theirs = by_seed(a, name), by_seed(b, name)
     shared = [seed for seed in ours if seed in theirs]
-    data = same(a, b, "data")       # two of one teacher are a pair, or a student and what taught it
-    taught = same(a, b, "taught", "weights" if b["key"] == "teacher" else None)
+    data, taught = same(a, b, "data"), same(    # a pair are two of one teacher, or one and its own
+        a, b, "taught", "weights" if b["key"] == "teacher" else None)
     seeds = [seed for seed in shared if seed in data & taught]
     learned = not (a["mixed"] or b["mixed"] or set(seeds) & {*a["silent"], *b["silent"]})
     entry = {"seeds": seeds, "n": len(seeds), "mean": None, "low": None, "high": None}

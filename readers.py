@@ -135,7 +135,8 @@ def read_folder(listing, size, fit, skip_bad=False):
             fail(f"--skip-bad would leave no image of class {name!r} in {split}, where "
                  f"{listing[split][name][0]} is the first that cannot be decoded; mend them, or "
                  "remove the class")
-    return arrays, classes, [line.removeprefix(top_of(listing) + os.sep) for line in skipped]
+    top = top_of(listing) + os.sep
+    return arrays, classes, [line.removeprefix(top) for line in skipped]
 
 
 def count(listing):
@@ -328,9 +329,9 @@ def image_arrays(folder, kind, listing, size, fit, skip_bad=False):
     skipped, kept_list = facts["skipped"], part / "skipped.txt"
     if skipped:
         say(f"--skip-bad: {len(skipped)} of {count(listing)} image files left out")
-        shown = LISTED if kept_list.is_file() else None
+        shown, top = LISTED if kept_list.is_file() else None, top_of(listing)
         for line in skipped[:shown]:
-            say(f"  {plain(os.path.join(top_of(listing), line))}")
+            say(f"  {plain(os.path.join(top, line))}")
         if len(skipped) > len(skipped[:shown]):
             say(plain(f"  ... and {len(skipped) - LISTED} more: {kept_list}"))
     return arrays, facts
