@@ -210,8 +210,7 @@ def stop_unless_finite(args, values, norms, model, epoch, steps, folder, what="l
     kept = f"the state after epoch {epoch - 1} is kept" if epoch > 1 else "nothing is saved"
     fail(f"the {what} is {values[wrong]} at epoch {epoch}, step {at + 1}, learning rate "
          f"{lr:.2g}; the largest gradient before was that of {layers[largest]}, norm "
-         f"{before[largest]:.2g}; {kept} in {folder}; try a lower --lr, --clip 1 or --precision "
-         "fp32", code=3)
+         f"{before[largest]:.2g}; {kept} in {folder}; {runs.calmer(args)}", code=3)
 
 
 def fit(args, folder, model, loss_fn, splits, card, facts, average=None, draw=None):
@@ -359,8 +358,8 @@ def score(args, folder, networks, best, history, splits, facts, limit):
             known["recomputed"] = evaluate(average, val, args.precision)["accuracy"]
     for name, found in tested.items():
         if found and not math.isfinite(found["loss"]):
-            fail(f"{folder}: the loss of the {name} on test is {found['loss']}; try a lower --lr, "
-                 "--clip 1 or --precision fp32", code=3)
+            fail(f"{folder}: the loss of the {name} on test is {found['loss']}; "
+                 f"{runs.calmer(args)}", code=3)
     right, speeds = tested["model"]["accuracy"], [row["images_per_second"] for row in history]
     seconds = (facts["setup_seconds"] + (facts["teacher_seconds"] or 0)
                + sum(row["seconds"] for row in history) + time.perf_counter() - started)

@@ -255,6 +255,12 @@ def frozen_for(args):
     return (args.unfreeze_at or math.inf) - 1
 
 
+def calmer(args):
+    """Return what keeps a loss finite, but for the flags that are set so already."""
+    return ("try a lower --lr" + " or --clip 1" * (not args.clip)
+            + " or --precision fp32" * (args.precision != "fp32"))
+
+
 def teacher_of(run):
     """Return the name of the run that this one is set beside: the teacher that was typed, else that
     of its seed, for a student alone and one of its own average too. None where the one that was

@@ -307,7 +307,14 @@ def test_a_stop_names_where_and_the_layer_of_the_largest_gradient_before(
     assert capsys.readouterr().err == (
         f"error: the {what} is {wrong} at epoch {epoch}, step {step}, learning rate 0.05; the "
         f"largest gradient before was that of {layer}, norm {norm}; {kept} in there; try a lower "
-        "--lr, --clip 1 or --precision fp32\n")
+        "--lr or --clip 1\n")
+
+
+@pytest.mark.parametrize("clip, precision, told", [
+    (0, "bf16", "try a lower --lr or --clip 1 or --precision fp32"),
+    (1.0, "bf16", "try a lower --lr or --precision fp32"), (1.0, "fp32", "try a lower --lr")])
+def test_what_is_set_already_is_not_advised(clip, precision, told):
+    assert runs.calmer(flags(clip=clip, precision=precision)) == told
 
 
 def test_a_stop_takes_a_gradient_that_is_no_number_for_the_largest(capsys):
