@@ -101,7 +101,7 @@ def test_batchnorm_keeps_the_first_ones_statistics_and_all_agree(easy, tmp_path)
 
 def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     import train_student
-    flags = ("--run", "cut", "--epochs", 400)
+    flags = ("--run", "cut", "--epochs", 100)
     child = start("train_student.py", tiny.words(easy, tmp_path, *flags))
     folder, deadline = tmp_path / "digits" / "cut", time.monotonic() + 100
     while not (folder / "checkpoint.pt").exists():
@@ -114,8 +114,8 @@ def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     for worker in workers.stdout.split():
         assert not Path(f"/proc/{worker}").exists()
     epochs = len(tiny.load(folder / "checkpoint.pt")["history"])
-    final = tiny.run(train_student, easy, tmp_path, "--run", "cut", "--resume", epochs=400)
-    assert epochs >= 1 and final["epochs"] == 400
+    final = tiny.run(train_student, easy, tmp_path, "--run", "cut", "--resume", epochs=100)
+    assert epochs >= 1 and final["epochs"] == 100
 
 
 def test_torchrun_may_leave_the_store_to_the_first_process(easy, tmp_path, monkeypatch):
