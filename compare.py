@@ -187,7 +187,8 @@ def mixed(runs):
     runs are not one thing measured several times."""
     owners = {}
     for run in runs.values():
-        for key, value in run["config"].items():
+        known = run["config"] | {"network's parameters": run["final"]["parameters"]}
+        for key, value in known.items():
             if key not in FREE | FACTS | {"seed"} and not key.endswith("_sha256"):
                 owners.setdefault(key, {}).setdefault(json.dumps(value), []).append(run["name"])
     return {key: values for key, values in owners.items() if len(values) > 1}

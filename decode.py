@@ -6,6 +6,7 @@ No command of its own, and no torch.
 import contextlib
 import errno
 import os
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,10 @@ from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from flags import fail
+
+SCANS = 100     # of one JPEG: each is a pass over all of its pixels; libtiff allows as many
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff\x01])")     # of JPEG, with what has a length
+LOOKED = 2**28  # bytes of a file that are looked at before it is decoded
 
 # Else PIL starts Ghostscript for PostScript, which is a program; IPTC files may hold some, too.
 EpsImagePlugin.gs_binary = False
@@ -70,7 +75,8 @@ def to_rgb(image, white=None):
             raise ValueError(f"holds pixels from {low:g} to {high:g}; 0 to 65535 can be read")
         top = white or (65535 if high > 255 else 255)
         top = 1 if image.mode == "F" and high <= 1 else top
-        image = Image.fromarray((pixels * (255 / top)).round().astype(np.uint8))
+        pixels *= 255 / top         # in place: of a large picture each copy is a gigabyte
+        image = Image.fromarray(pixels.round(out=pixels).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, "black")
@@ -99,23 +105,47 @@ def decoding():
         yield
 
 
+def scans(data):
+    """Return how many scans the bytes of a JPEG file hold, up to its end."""
+    at, count = 2, 0
+    while (found := MARKER.search(data, at)) and found[1] != b"\xd9":
+        count += found[1] == b"\xda"
+        at = found.end() + max(2, int.from_bytes(data[found.end():found.end() + 2]))
+    return count
+
+
+def refuse_before_decoding(image, path):
+    """Raise ValueError for what PIL would run, decode for hours, or take for a black picture."""
+    if image.format == "EPS":
+        raise ValueError("PostScript is a program, which is not run")
+    if image.format in ("JPEG", "MPO", "JPEG2000"):
+        with open(path, "rb") as file:
+            data = file.read(LOOKED)
+        if image.format == "JPEG2000":
+            if b"\xff\x93" not in data:        # the marker before the first of its data
+                raise ValueError("cut short behind its header")
+        elif (count := scans(data)) > SCANS:
+            raise ValueError(f"{count:,} scans, a bomb; {SCANS} are decoded")
+
+
 def read_image(path, size, fit):
     """Return one image file as (size, size, 3) uint8, of an animated one the first frame, whatever
     its name ends in. A ValueError names the path and what is wrong with the file; an OSError, or a
     MemoryError, is no fault of the file."""
+    needs = "it"
     try:
         if path.exists() and not path.is_file():        # a pipe would be waited for
             raise ValueError("a folder, a pipe or a device")
         with Image.open(path) as image:
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, which is not run")
+            refuse_before_decoding(image, path)
+            needs = f"its {image.width}×{image.height} pixels"
             image.load()        # before upright(), which passes over errors, these too
             rgb = to_rgb(upright(image), white(image))
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)
         return np.asarray(rgb)
     except MemoryError:
-        raise MemoryError(f"{path}: not enough memory to decode it") from None
+        raise MemoryError(f"{path}: not enough memory to decode {needs}") from None
     except Exception as error:      # PIL raises nearly any kind for damaged files
         # A decoder that is led to a place before the file's start meets EINVAL.
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
@@ -144,7 +174,10 @@ def decode_all(files, size, fit, what, threads):
                     job.result()
                 except ValueError as error:
                     bad[row] = str(error)
-        except (OSError, MemoryError) as error:
+        except MemoryError as error:
+            fail(f"{error}, and up to {threads} images at once; lower OMP_NUM_THREADS, or remove "
+                 "this one")
+        except OSError as error:
             fail(error)
         finally:        # an error or Ctrl-C would else wait until all of them are decoded
             for job in jobs:

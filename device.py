@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from flags import BEGUN, ENDINGS, PARENT, again, fail, say
 
@@ -298,11 +299,16 @@ def share_buffers_(*modules):
 
 # ---- memory -----------------------------------------------------------------------------------
 
+SPARE = 2**24       # bytes; below 128 kB the allocator would not give them back
+
 @contextlib.contextmanager
 def guard(args=SimpleNamespace()):      # noqa: B008
     """End with one line where memory or a disk gives out, or another process has ended."""
     BEGUN.clear()
+    spare = None
     try:
+        tqdm.get_lock()             # made when it is first asked for, which takes memory, too
+        spare = bytearray(SPARE)    # for the line that says so; untouched, it fills no memory
         yield
     except SystemExit:          # with a line of its own
         BEGUN.clear()
@@ -317,6 +323,7 @@ def guard(args=SimpleNamespace()):      # noqa: B008
             f"its folder is gone: put it back, or {again(args)} begins anew" if gone else
             f"all that was finished is kept: mend that, and {again(args)} goes on"))
     except (MemoryError, RuntimeError) as error:
+        del spare
         text = str(error)
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):
             fail(f"another process ended; {again(args)} goes on after the "

@@ -30,8 +30,8 @@ def write_whole(path, data):
             os.fstat(HELD[path.parent]), os.stat(path.parent)):
         fail(f"{path.parent}: not the folder in which this run began: that was removed, and "
              "another process made this one; nothing is written here")
-    aside.unlink(missing_ok=True)       # of a process that was killed; or a link elsewhere
     with absent_after_an_error(aside, path):
+        aside.unlink(missing_ok=True)       # of a process that was killed; or a link elsewhere
         with open(aside, "xb") as file:
             file.write(data)
             file.flush()

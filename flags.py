@@ -72,6 +72,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
+        if "expected one argument" in message:
+            message += "; one that begins with - is given as --flag=-value"
         fail(f"{message}; see " + ("main(['--help'])" if in_kernel() else f"{self.prog} --help"))
 
 
@@ -96,7 +98,9 @@ def number(kind, low, high, low_open=False, high_open=False, also=None):
 
 
 def a_path(text):
-    """argparse type: a path that can be, whether anything is there or not."""
+    """argparse type: a path that can be, whether anything is there or not; ~ is the home folder,
+    which a shell does not put in behind a =."""
+    text = os.path.expanduser(text)
     wrong = "empty" if not text else "too long" * (len(text) > 2000)     # more is put behind it
     try:
         os.stat(os.path.join(text, "."))        # of a folder, whether it may be entered
@@ -133,7 +137,8 @@ def could_be_a_path(text):
 
 def a_file(text):
     """argparse type: a file to write, there or not; of a link, what it leads to."""
-    path = os.path.realpath(a_path(text))
+    text = a_path(text)
+    path = os.path.realpath(text)
     if os.path.exists(path) and not os.path.isfile(path) or not os.path.basename(text):
         raise argparse.ArgumentTypeError(f"{text[:99]!r} is no file but a folder or a device; give "
                                          "the name of a file")

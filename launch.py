@@ -6,9 +6,24 @@ import os
 import sys
 
 
+def no_room(kind, error, trace):
+    """Print one line in place of a traceback where there is no memory to load what is imported; for
+    sys.excepthook. In what a library makes of it, the loader's words stand, or Python's."""
+    at = error
+    while at is not None:
+        if isinstance(at, MemoryError) or any(words in str(at) for words in (
+                "annot allocate memory", "map segment", "return without exception set")):
+            os.write(2, b"error: out of memory while Python, PyTorch and other libraries are "
+                        b"loaded; end other programs, or raise the limit\n")
+            os._exit(2)
+        at = at.__context__
+    sys.__excepthook__(kind, error, trace)
+
+
 def answer_early(main):
     """End a script of ours with a line at Ctrl-C while it still imports PyTorch, for seconds; then
-    launch() takes over. main: the module that was started. Elsewhere this does nothing."""
+    launch() takes over. So where memory gives out. main: the module that was started. Elsewhere
+    this does nothing."""
     file, own = getattr(main, "__file__", None), os.path.realpath(__file__)
     ours = file and os.path.dirname(os.path.realpath(file)) == os.path.dirname(own)
     if ours and "IPython" not in sys.modules:       # a notebook's kernel lives on
@@ -16,6 +31,7 @@ def answer_early(main):
             os.write(2, b"error: stopped; nothing was begun, start it again\n")
             os._exit(128 + number)
 
+        sys.excepthook = no_room
         for number, usual in ((_signal.SIGINT, _signal.default_int_handler),
                               (_signal.SIGTERM, _signal.SIG_DFL)):
             if _signal.getsignal(number) is usual:      # in the background Ctrl-C is ignored

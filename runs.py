@@ -27,7 +27,9 @@ SCHEMA = 1      # of config.json, final.json and checkpoints: a reader refuses w
 FREE = {"results_dir", "data_dir", "skip_bad", "run", "resume", "overwrite", "dry_run", "teacher",
         "init_from", "cache"}
 # ... and what is no setting, but a fact of a place or a day.
-FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names"}
+FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names", "parameters"}
+# What a run was made with whose config.json does not say.
+UNSAID = DEFAULTS | {"init_sha256": None}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
@@ -36,6 +38,7 @@ METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", 
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
 
 CONFIGS = {}    # run folder -> the bytes of its config.json, as long as this process holds it
+SEEN = {}       # run folder -> which config.json was there when this process looked first
 
 
 def write_final(folder, final):
@@ -141,6 +144,12 @@ def release(folder, lock):
     os.close(lock)
 
 
+def which(path):
+    """Return what tells a file from one that was written in its place; None where there is none."""
+    with contextlib.suppress(OSError):
+        return (found := path.stat()).st_ino, found.st_mtime_ns
+
+
 def open_run(args, config, name, held=False):
     """Return (folder, final): final is the dict of a finished run that is the one asked for.
 
@@ -150,16 +159,23 @@ def open_run(args, config, name, held=False):
     """
     name = plain_name("--run", name if args.run is None else args.run)
     folder = Path(args.results_dir) / args.recipe / name
+    if not held:
+        SEEN[folder] = which(folder / "config.json")
+    elif args.overwrite and SEEN[folder] != which(folder / "config.json"):
+        fail(f"{folder}: another process trained here just now; the same command would throw that "
+             "away")
     if args.overwrite or not folder.exists():
         place = next(path for path in (folder, *folder.parents) if path.exists())
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             what = "may not be written" if place.is_dir() else "not a folder"
-            fail(f"{place}: {what}; give another --results-dir, or --run")
+            fail(f"{place.absolute()}: {what}; give another --results-dir, or --run")
         return folder, None
     if not folder.is_dir():
         fail(f"{folder}: a file, where the run's folder should be; remove it or give --run")
     if not held:        # shared: all processes of one run look at the same time
         release(folder, hold(folder, fcntl.LOCK_SH))
+    if all(path.name == "config.json" or path.suffix == ".part" for path in folder.iterdir()):
+        return folder, None     # stopped before its first epoch ended: nothing is lost
     ways = "add --overwrite (make: OVERWRITE=1), or keep both by --run NAME (a sweep: --name)"
     finished = (folder / "final.json").exists()
     if (folder / "config.json").exists():
@@ -168,11 +184,11 @@ def open_run(args, config, name, held=False):
         skip = FREE | FACTS
         now = json.loads(json.dumps(config))
         # ... and a fact that is newer was not asked about.
-        old = {**{key: DEFAULTS.get(key, now[key]) for key in now.keys() - had.keys()}, **had}
+        old = {**{key: UNSAID.get(key, now[key]) for key in now.keys() - had.keys()}, **had}
         words = {"data_key": "the images, by their data_key"}
         differs = [f"{words.get(key, key)} {short(old.get(key))} (asked for: {short(now.get(key))})"
                    for key in (now.keys() | old.keys()) - skip if old.get(key) != now.get(key)]
-        # A run stopped before its first epoch ended has nothing to lose.
+        # With best.pt alone there is no epoch to go on from.
         if differs and (finished or (folder / "checkpoint.pt").exists() or not args.resume):
             what = "finished" if finished else "begun"
             fail(f"{folder}: {what} with other settings: {', '.join(sorted(differs))}; {ways}")
@@ -192,6 +208,10 @@ def open_run(args, config, name, held=False):
         if odd:
             fail(f"{folder / 'final.json'}: {odd[0]} {final.get(odd[0])!r}, where config.json says "
                  f"{config[odd[0]]!r}: of another run, or damaged; {ways}")
+        had = final.get("parameters")
+        if type(had) is int and had != config["parameters"]:
+            fail(f"{folder}: finished with another network, of {had:,} parameters; {args.arch} has "
+                 f"{config['parameters']:,} now; {ways}")
         say(f"{folder}: finished already, kept")
         return folder, final
     if not args.resume and any(folder.iterdir()):

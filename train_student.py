@@ -56,9 +56,9 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     model = models.build(**build)
     config = runs.make_config(args, script, versions(device), data_key=splits.key,
                               classes=len(splits.classes), class_names=list(splits.classes),
-                              **known)
+                              parameters=models.count_parameters(model), **known)
     folder, final = runs.open_run(args, config, name)
-    facts = dict(script=script, parameters=models.count_parameters(model),
+    facts = dict(script=script, parameters=config["parameters"],
                  macs=models.count_macs(model, shape))
     model = model.to(device, memory_format=torch.channels_last)
     card = dict(schema=runs.SCHEMA, settings=runs.settings_of(config), build=build,
@@ -135,7 +135,8 @@ def detail(title, text):
 def run(job, loss_fn, average=None, teacher_seconds=None):
     """Make the folder and train; return the final dict. With --dry-run make no folder."""
     if job.args.dry_run:
-        flags.say("dry run: all of the above was checked, no run was made")
+        flags.say("dry run: all of the above was checked" + ", --compile was not tried"
+                  * job.args.compile + ", no run was made")
         return job.config
     # A stop may come while an error of another process's end is on its way out of here, too.
     told = f"{job.folder}: ", f"{flags.again(job.args)} goes on after its last finished epoch"

@@ -8,7 +8,7 @@ Each has to leave what a run leaves that was never killed, bit for bit: best.pt,
 metrics.csv and final.json (but for what a clock measured), test.npz, curves.png. A moment is drawn
 uniformly over what is left of the run, in processor time, so that other work beside moves nothing:
 imports, decoding, the teacher's outputs, epochs, drawing the curves. A quarter of the kills wait
-from that moment for the next file to be written, and strike while it is.
+from that moment for the next file to be written, the teacher's outputs too, and strike while it is.
 """
 import argparse
 import contextlib
@@ -56,7 +56,7 @@ VARIANTS = {
     "teacher": (1, (), "train_teacher.py", ()),
     "student": (1, (), "train_student.py", ()),
     "kd": (1, (), "distill.py", ("--teacher", "{teacher}", "--no-cache")),
-    "kd-cached": (1, (), "distill.py", ("--teacher", "{slow}", "--views", 2, "--cache")),
+    "kd-cached": (1, (), "distill.py", ("--teacher", "{slow}", "--views", 6, "--cache")),
     "mean-teacher": (1, (), "distill.py", ("--objective", "consistency", *AVERAGE, "--labels", 60,
                                            "--noise", "0.5,0.5,0.3,0.1")),
     "batchnorm": (1, (), "train_student.py", ("--norm", "batch", *AVERAGE)),
@@ -206,9 +206,9 @@ def phase(place, started, epochs):
 def killed_run(variant, place, whole, most, rng):
     """Run a variant, kill it at most so many times, let it end; return its kills: where each was,
     and what was wrong, if something was."""
-    folder, kills, wrong, had = place / "digits" / "run", [], [], 0
+    folder, kept, kills, wrong, had = place / "digits/run", place / "digits/.teacher", [], [], 0
     while not (folder / "final.json").exists():
-        cached = any((place / "digits" / ".teacher").glob("*.npy"))
+        cached = any(kept.glob("*.npy"))
         rest = whole.total - whole.training * had / EPOCHS - whole.cache * cached
         moment = rng.uniform(0, rest) if len(kills) < most else None
         output = place.with_name(f"{place.name}-{len(kills)}.txt")
@@ -217,7 +217,8 @@ def killed_run(variant, place, whole, most, rng):
         while child.poll() is None and (moment is None or work(child.pid) < moment):
             time.sleep(0.01)
         aimed = moment is not None and rng.random() < AIMED
-        while aimed and child.poll() is None and not any(folder.glob(".*.part")):
+        while aimed and child.poll() is None and not (
+                any(folder.glob(".*.part")) or any(kept.glob("*.part"))):
             time.sleep(0.0005)
         struck = child.poll() is None
         if struck and strike(child, rng, bool(VARIANTS[variant][1])):
@@ -242,6 +243,8 @@ def check_goes_on(said, had, now):
     """Return what is wrong with what a run printed that began after epoch `had`."""
     trained = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/", said, re.M)]
     wrong = [f"{had} epochs were there, now {now}"] if now < had else []
+    if trained and now < trained[-1]:       # its line is printed after it is kept
+        wrong.append(f"it said epoch {trained[-1]}, and kept {now}")
     if trained and trained != list(range(had + 1, had + 1 + len(trained))):
         wrong.append(f"after epoch {had} it trained {trained}")
     if trained and (f"going on after epoch {had}\n" in said) != bool(had):

@@ -306,6 +306,15 @@ def test_of_a_row_that_is_not_of_one_piece_the_runs_are_named(tmp_path):
         "eeeeeeeeeeee, but cccccccccccc (student-s0, kd)")
 
 
+def test_networks_of_two_sizes_are_not_one_thing_measured_twice(tmp_path):
+    make_six(tmp_path, 2, only=("kd",))
+    make_run(tmp_path, "student-s0", 0, 70)
+    make_run(tmp_path, "student-s1", 1, 71, parameters=45_679)
+    result = numbers(tmp_path)
+    assert any("network's parameters 45678" in note and "45679" in note and "student-s1" in note
+               for note in result["notes"]), result["notes"]
+
+
 def test_same_settings_are_no_news(tmp_path):
     make_six(tmp_path, 3)
     result = numbers(tmp_path)

@@ -51,3 +51,10 @@ def test_without_a_compiler_one_line_says_so(easy, tmp_path):
                            *words], text=True, capture_output=True, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: --compile: ")
+    tiny.run(train_student, easy, tmp_path)     # what it advises is taken
+
+
+def test_a_dry_run_says_that_it_did_not_compile(easy, tmp_path, capsys):
+    for flag, told in (("--compile", "--compile was not tried"), ("--no-compile", "checked")):
+        tiny.run(train_student, easy, tmp_path, "--dry-run", flag)
+        assert f"{told}, no run was made" in tiny.said(capsys)

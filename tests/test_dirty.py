@@ -147,6 +147,39 @@ def test_a_bomb_inside_of_an_icon_is_refused(tmp_path, monkeypatch):
         decode.read_image(tmp_path / "a.icns", 8, "resize")
 
 
+def scanned(count):
+    """A progressive JPEG of so many scans, the last of which is there again and again."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "JPEG", progressive=True)
+    *_, last = parts = file.getvalue().split(b"\xff\xda")
+    more = [last[:-2]] * (count - len(parts) + 2)
+    return b"\xff\xda".join([*parts[:-1], *more]) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("count, read", [(10, True), (100, True), (101, False)])
+def test_a_jpeg_that_is_decoded_again_and_again_is_refused(tmp_path, count, read):
+    """0.1 s for every 127 bytes, at the largest size; what lies behind its end counts nothing."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(scanned(count) + b"\xff\xda\0\2" * 500)
+    assert decode.scans(path.read_bytes()) == count
+    if read:
+        assert decode.read_image(path, 16, "resize").std() > 10
+    else:
+        with pytest.raises(ValueError, match=r"a\.jpg.*101 scans, a bomb"):
+            decode.read_image(path, 16, "resize")
+
+
+def test_a_jpeg2000_is_read_whole_or_not_at_all(tmp_path):
+    """Cut behind its header, PIL takes it for a black picture."""
+    path = tmp_path / "a.jp2"
+    Image.fromarray(PIXELS).save(path)
+    whole = path.read_bytes()
+    for size in range(1, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"a\.jp2"):
+            decode.read_image(path, 16, "resize")
+
+
 def test_a_strip_of_pixels_does_not_grow_without_end(folder, capsys):
     path = folder / "train" / "red" / "strip.png"
     Image.new("L", (2, 60_000)).save(path)
@@ -292,7 +325,7 @@ def test_a_class_without_any_image_left_is_refused(folder, capsys):
 @pytest.mark.parametrize("error, part", [
     (OSError(5, "Input/output error"), "Input/output error"),
     (PermissionError(13, "Permission denied"), "Permission denied"),
-    (MemoryError(), "not enough memory")])
+    (MemoryError(), "lower OMP_NUM_THREADS, or remove")])
 def test_what_is_no_fault_of_a_file_does_not_skip_it(folder, capsys, monkeypatch, error, part):
     def broken(path, *_, whole=Image.open, **__):
         if path.name == "2.png":

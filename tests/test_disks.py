@@ -188,6 +188,53 @@ def test_a_batch_too_large_for_the_memory_names_it(easy, tmp_path):
              "lower --batch-size")
 
 
+def test_memory_that_is_gone_to_the_last_byte_leaves_room_for_the_line():
+    code = """if True:
+        import resource, sys
+        from types import SimpleNamespace
+        sys.path.insert(0, ".")
+        import device
+        with device.guard(SimpleNamespace(batch_size=4, image_size=8, dataset="digits")):
+            resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9,) * 2)
+            size, kept = 2**28, []
+            while size > 16:
+                try:
+                    kept.append(bytearray(size))
+                except MemoryError:
+                    size //= 2
+            kept = [kept, [[] for _ in range(10**9)]]
+    """
+    one_line(subprocess.run([sys.executable, "-c", code], cwd=HOUSE, text=True,
+                            capture_output=True), "out of memory", "batches of 4 images")
+
+
+def test_a_disk_that_turns_read_only_is_told_by_the_file_that_was_to_be(tmp_path, monkeypatch):
+    def read_only(path, **_):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(OSError, match="Read-only") as error:
+        files.write_whole(tmp_path / "best.pt", b"1")
+    assert error.value.filename == str(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("fault, lacks", [
+    ("raise MemoryError", True), ("raise OSError('Cannot allocate memory')", True),
+    ("raise ImportError('libc10.so: failed to map segment from shared object')", True),
+    ("try: 1 / 0\nexcept ZeroDivisionError: raise MemoryError", True),
+    ("try: raise MemoryError\nexcept MemoryError: raise AttributeError('no _C')", True),
+    ("raise AttributeError('no _C')", False)])
+def test_where_there_is_no_room_to_load_pytorch_a_line_says_so(tmp_path, fault, lacks):
+    """What PyTorch's own import raises then; anything else keeps its traceback."""
+    (tmp_path / "torch.py").write_text(fault)
+    done = subprocess.run([sys.executable, "train_student.py"], cwd=HOUSE, text=True,
+                          capture_output=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    if lacks:
+        one_line(done, "out of memory", "loaded")
+    else:
+        assert done.returncode == 1 and "Traceback" in done.stderr and "no _C" in done.stderr
+
+
 @pytest.mark.parametrize("kind, text, parts", [
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total "
      "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import soak
 import tiny
 import torch
 
@@ -328,3 +329,14 @@ def test_the_teacher_stays_as_it_was(easy, results, monkeypatch):
     assert tiny.same(dict(networks[0].state_dict()), tiny.load(path)["model"])
     assert not networks[0].training
     assert all(p.grad is None and not p.requires_grad for p in networks[0].parameters())
+
+
+@pytest.mark.parametrize("said, had, now, part", [
+    ("epoch 1/9 x\nepoch 2/9 x\n", 0, 2, None), ("epoch 1/9 x\nepoch 2/9 x\n", 0, 3, None),
+    ("going on after epoch 2\nepoch 3/9 x\n", 2, 3, None), ("", 3, 2, "3 epochs were there"),
+    ("epoch 1/9 x\nepoch 2/9 x\n", 0, 1, "said epoch 2, and kept 1"),
+    ("going on after epoch 2\nepoch 4/9 x\n", 2, 4, "it trained [4]"),
+    ("epoch 3/9 x\n", 2, 3, "did not say")])
+def test_the_soak_notices_epochs_that_are_lost(said, had, now, part):
+    wrong = soak.check_goes_on(said, had, now)
+    assert (part in wrong[0] if part else not wrong), wrong

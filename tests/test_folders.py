@@ -10,6 +10,7 @@ import torch
 
 import common
 import distill
+import models
 import runs
 import train_student
 import train_teacher
@@ -150,9 +151,10 @@ def test_a_learning_rate_that_explodes(easy, tmp_path, capsys):
                  "1e+30", code=3)
     folder = tmp_path / RUN
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-    # Nothing was finished, so --resume starts again, with other settings too.
-    tiny.refused(capsys, train_student, [*words, "--resume"], "epoch 1, step 2", code=3)
-    tiny.run(train_student, easy, tmp_path, "--resume")
+    # Nothing was finished, so it starts again, with other settings too.
+    for more in ([], ["--resume"]):
+        tiny.refused(capsys, train_student, [*words, *more], "epoch 1, step 2", code=3)
+    tiny.run(train_student, easy, tmp_path)
 
 
 def test_a_folder_of_strangers_is_left_alone(easy, tmp_path, capsys):
@@ -233,12 +235,14 @@ def test_a_checkpoint_of_another_run_is_refused(done, easy, tmp_path, capsys, sc
                  "settings", "--overwrite")
 
 
-@pytest.mark.parametrize("flags, said", [(("--alpha", 0.5), "alpha 0.5"),
-                                         (("--views", 1), "by another process")])
+@pytest.mark.parametrize("flags, own, said", [
+    (("--alpha", 0.5), (), "alpha 0.5"), (("--views", 1), (), "by another process"),
+    (("--views", 1), ("--overwrite",), "another process trained here")])
 def test_a_run_that_comes_and_goes_while_another_gets_ready_is_not_harmed(easy, results, capsys,
-                                                                          monkeypatch, flags, said):
+                                                                          monkeypatch, flags, own,
+                                                                          said):
     """The second look at the folder is taken when nobody else can be there."""
-    folder, words = results / "digits" / "kd-s0", tiny.words(easy, results, "--views", 1)
+    folder, words = results / "digits" / "kd-s0", tiny.words(easy, results, "--views", 1, *own)
     report = distill.report_teacher
 
     def meanwhile(*job):
@@ -261,6 +265,14 @@ def test_going_on_with_other_versions_is_said_and_kept(done, capsys):
     assert "note: begun with torch 2.0.0" in capsys.readouterr().out
     (before,) = json.loads((folder / "config.json").read_text())["before"]
     assert (before["torch"], before["threads"]) == ("2.0.0", 7)
+
+
+def test_a_finished_run_of_a_network_that_was_changed_since_is_no_other(done, capsys, monkeypatch):
+    words, folder, _ = done
+    monkeypatch.setitem(models.ARCHITECTURES, "digits-student",
+                        models.ARCHITECTURES["digits-teacher"])
+    tiny.refused(capsys, train_student, words, folder, "finished with another network", "has",
+                 "--overwrite")
 
 
 # ---- dry run ----------------------------------------------------------------------------------

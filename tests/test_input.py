@@ -33,6 +33,20 @@ def best(results):
 
 # ---- the command line -------------------------------------------------------------------------
 
+def test_a_home_folder_behind_an_equals_sign(tmp_path, monkeypatch):
+    """Bash leaves the ~ there as it is, and `rm -r ~` would take back more than was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = train_student.main(["--data-dir=~/d", "--results-dir", "~/r", "--dry-run"])
+    assert config["data_dir"] == str(tmp_path / "home/d")
+    assert config["results_dir"] == str(tmp_path / "home/r")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_value_that_looks_like_a_flag(capsys):
+    tiny.refused(capsys, train_student, ["--data-dir", "-images"], "--data-dir", "--flag=-value")
+
+
 @pytest.mark.parametrize("script, words", [
     *((name, ()) for name in ("common", "data", "train_teacher", "train_student", "distill", "look",
                               "calc", "report")),

@@ -122,6 +122,20 @@ def test_other_weights_to_start_from_are_another_run(easy, chain, source, tmp_pa
     tiny.refused(capsys, train_student, [*words, "--init-from", other], "init_sha256")
 
 
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_a_run_from_drawn_weights_is_not_one_from_others(easy, source, tmp_path, capsys,
+                                                         unfinished):
+    tiny.run(train_student, easy, tmp_path)
+    folder = tmp_path / "digits" / "student-s0"
+    if unfinished:
+        (folder / "final.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = tiny.words(easy, tmp_path, "--resume")
+    tiny.refused(capsys, train_student, [*words, "--init-from", source], "init_sha256 None")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    train_student.main(words)
+
+
 @pytest.mark.parametrize("flags, parts", [
     (("--init-from", "no.pt"), ("no.pt", "no such file")),
     (("--freeze", "all"), ("--freeze", "all", "features")),
