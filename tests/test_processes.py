@@ -85,11 +85,13 @@ def test_two_processes_fill_the_teachers_outputs_together(easy, results, tmp_pat
     assert one.name == other.name and one.read_bytes() == other.read_bytes()
 
 
-def test_batchnorm_keeps_the_first_ones_statistics_and_all_agree(easy, tmp_path):
+def test_batchnorm_keeps_the_first_ones_statistics_and_all_agree(easy, tmp_path, monkeypatch):
     """Statistics are of half a batch, so the losses differ from one process's; but the weights
-    that are saved must give the accuracies that are written down."""
+    that are saved must give the accuracies that are written down. Here torchrun leaves the store to
+    the first process, as it may."""
     import look
     import train_student
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     rows, finals, _ = both("train_student.py", train_student, easy, tmp_path, "--norm", "batch",
                            "--ema-decay", 0.9)
     assert rows[0] != rows[1]
@@ -116,13 +118,6 @@ def test_the_end_of_one_ends_all_and_loses_nothing(easy, tmp_path):
     epochs = len(tiny.load(folder / "checkpoint.pt")["history"])
     final = tiny.run(train_student, easy, tmp_path, "--run", "cut", "--resume", epochs=100)
     assert epochs >= 1 and final["epochs"] == 100
-
-
-def test_torchrun_may_leave_the_store_to_the_first_process(easy, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    child = start("train_student.py", tiny.words(easy, tmp_path, epochs=1))
-    _, err = child.communicate(timeout=100)
-    assert child.returncode == 0, err
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -43,7 +43,7 @@ def until(condition, child):
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     folder = tmp_path / "digits" / "student-s0"
-    child = start(easy, tmp_path)
+    child = start(easy, tmp_path, "--epochs", 100)
     until((folder / "checkpoint.pt").exists, child)
     child.send_signal(sent)
     _, err = child.communicate(timeout=30)
@@ -51,8 +51,8 @@ def test_a_run_is_stopped_with_a_line_and_goes_on(easy, tmp_path, sent, code):
     assert err.count("\n") == 1 and str(folder) in err and "--resume" in err, err
     assert not (folder / "final.json").exists()
     whole = len(tiny.load(folder / "checkpoint.pt")["history"])
-    assert tiny.run(train_student, easy, tmp_path, "--resume", epochs=400)["epochs"] == 400
-    assert len(tiny.metrics(folder)) == 400 > whole
+    assert tiny.run(train_student, easy, tmp_path, "--resume", epochs=100)["epochs"] == 100
+    assert len(tiny.metrics(folder)) == 100 > whole
 
 
 @pytest.mark.parametrize("after, sent, expected", [
