@@ -5,6 +5,7 @@ No command of its own, and no torch.
 """
 import contextlib
 import errno
+import mmap
 import os
 import re
 import warnings
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from flags import fail
 
+# What is read. PIL knows more; some of it holds files of other formats, with none of their limits.
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG",
+           "PPM", "SGI", "TGA", "TIFF", "WEBP"}
 SCANS = 100     # of one JPEG: each is a pass over all of its pixels; libtiff allows as many
 MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff\x01])")     # of JPEG, with what has a length
-LOOKED = 2**28  # bytes of a file that are looked at before it is decoded
 
 # Else PIL starts Ghostscript for PostScript, which is a program; IPTC files may hold some, too.
 EpsImagePlugin.gs_binary = False
@@ -118,14 +121,19 @@ def refuse_before_decoding(image, path):
     """Raise ValueError for what PIL would run, decode for hours, or take for a black picture."""
     if image.format == "EPS":
         raise ValueError("PostScript is a program, which is not run")
+    if image.format not in FORMATS:
+        raise ValueError(f"{image.format}, a format that is not read; convert it to PNG")
+    if image.format == "TIFF":
+        width, length = (image.tag_v2.get(tag, 1) for tag in (322, 323))     # a tile's
+        if width * length > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"tiles of {width}×{length} pixels, a bomb")
     if image.format in ("JPEG", "MPO", "JPEG2000"):
-        with open(path, "rb") as file:
-            data = file.read(LOOKED)
-        if image.format == "JPEG2000":
-            if b"\xff\x93" not in data:        # the marker before the first of its data
-                raise ValueError("cut short behind its header")
-        elif (count := scans(data)) > SCANS:
-            raise ValueError(f"{count:,} scans, a bomb; {SCANS} are decoded")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if image.format == "JPEG2000":
+                if data.find(b"\xff\x93") < 0:      # the marker before the first of its data
+                    raise ValueError("cut short behind its header")
+            elif (count := scans(data)) > SCANS:
+                raise ValueError(f"{count:,} scans, a bomb; {SCANS} are decoded")
 
 
 def read_image(path, size, fit):
@@ -144,9 +152,10 @@ def read_image(path, size, fit):
         if rgb.size != (size, size):
             rgb = FITS[fit](rgb, size)
         return np.asarray(rgb)
-    except MemoryError:
-        raise MemoryError(f"{path}: not enough memory to decode {needs}") from None
     except Exception as error:      # PIL raises nearly any kind for damaged files
+        none = "decoder error -9|out of memory"         # found by libtiff, or another decoder
+        if isinstance(error, MemoryError) or re.search(none, str(error)):
+            raise MemoryError(f"{path}: not enough memory to decode {needs}") from None
         # A decoder that is led to a place before the file's start meets EINVAL.
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise OSError(f"{path}: cannot be read ({error.strerror})") from None

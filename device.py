@@ -8,6 +8,7 @@ import datetime
 import errno
 import functools
 import math
+import mmap
 import os
 import platform
 import re
@@ -299,7 +300,7 @@ def share_buffers_(*modules):
 
 # ---- memory -----------------------------------------------------------------------------------
 
-SPARE = 2**24       # bytes; below 128 kB the allocator would not give them back
+SPARE = 2**24       # bytes
 
 @contextlib.contextmanager
 def guard(args=SimpleNamespace()):      # noqa: B008
@@ -308,23 +309,24 @@ def guard(args=SimpleNamespace()):      # noqa: B008
     spare = None
     try:
         tqdm.get_lock()             # made when it is first asked for, which takes memory, too
-        spare = bytearray(SPARE)    # for the line that says so; untouched, it fills no memory
+        # For the line that says so: counted by a limit, and untouched, so that it fills nothing.
+        spare = mmap.mmap(-1, SPARE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         yield
     except SystemExit:          # with a line of its own
         BEGUN.clear()
         raise
     except BrokenPipeError:     # who reads what is printed has gone; flags.launch ends it
         raise
-    except OSError as error:
-        where = error.filename or "standard output, or a file"
-        gone = error.errno == errno.ENOENT and error.filename and not (
-            Path(os.fsdecode(error.filename)).parent.exists())
-        fail(f"{where}: {error.strerror or error}; " + (
-            f"its folder is gone: put it back, or {again(args)} begins anew" if gone else
-            f"all that was finished is kept: mend that, and {again(args)} goes on"))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         del spare
         text = str(error)
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            where = error.filename or "standard output, or a file"
+            gone = error.errno == errno.ENOENT and error.filename and not (
+                Path(os.fsdecode(error.filename)).parent.exists())
+            fail(f"{where}: {error.strerror or error}; " + (
+                f"its folder is gone: put it back, or {again(args)} begins anew" if gone else
+                f"all that was finished is kept: mend that, and {again(args)} goes on"))
         if world() > 1 and re.search("gloo|NCCL|[Cc]onnection", text):
             fail(f"another process ended; {again(args)} goes on after the "
                  f"last finished epoch ({text.splitlines()[0][:100]})", 1)
@@ -335,7 +337,7 @@ def guard(args=SimpleNamespace()):      # noqa: B008
             fail(f"--deterministic: {text.split()[0]} of PyTorch cannot, on this device; leave "
                  "--deterministic out, or give another --arch, --pool or --device")
         counted = re.search("integer out of range|32-bit ind", text)        # of a GPU's kernels
-        lacking = ("not enough memory|allocate memory|bad_alloc|out of memory|"
+        lacking = ("not enough memory|allocate memory|bad_alloc|out of memory|start new thread|"
                    "could not create a primitive")      # oneDNN's word for it
         if not (counted or isinstance(error, (MemoryError, torch.OutOfMemoryError))
                 or re.search(lacking, text)):

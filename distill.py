@@ -357,7 +357,7 @@ def train(args, started):
     sha256 = models.weights_sha256(card["model"]) if path else None
     consistency = args.objective == "consistency"
     job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
-                  pair=consistency, noise=args.noise, teacher_sha256=sha256)
+                  pair=consistency, noise=args.noise, source=path, teacher_sha256=sha256)
     if path:
         check_teacher(path, card, job)
     if job.final:

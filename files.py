@@ -123,10 +123,14 @@ def damage(path):
             # Torch packs nothing; what is packed, or in it often, may unpack to any size.
             infos = bundle.infolist()
             packed = [info.filename for info in infos if info.compress_type]
-            wrong = f"{packed[0]!r} in it is packed" if packed else "its parts overlap" if (
-                sum(info.file_size for info in infos) > path.stat().st_size) else bundle.testzip()
+            other = f"{packed[0]!r} in it is packed" if packed else "its parts overlap" if (
+                sum(info.file_size for info in infos) > path.stat().st_size) else None
             if [info.filename[-8:] for info in infos].count("data.pkl") != 1:
-                wrong = "no data.pkl in it, as torch.save writes, or two"
+                other = "no data.pkl in it, as torch.save writes, or two"
+            if other:
+                return (f"damaged, or not written by torch.save ({other}); take a whole copy, or "
+                        "train with --overwrite")
+            wrong = bundle.testzip()
     except Exception as error:      # what flipped bits lead to is of many kinds
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"

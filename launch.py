@@ -48,6 +48,7 @@ import time
 
 from tqdm import tqdm
 
+tqdm.monitor_interval = 0               # no thread of its own, for bars that stand still
 # A paragraph of it, where there is no home folder, on the cache that it makes elsewhere.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 

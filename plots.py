@@ -313,7 +313,12 @@ def save(figure, path):
     """Write the PNG in 256 colours, coarser where it would still pass 200 KB."""
     for dots_per_inch in (150, 110, 80, 60):
         small, picture = io.BytesIO(), Image.open(io.BytesIO(_png(figure, dots_per_inch)))
-        picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+        picture = picture.convert("RGB")
+        try:
+            picture = picture.quantize(256)
+        except ValueError as error:         # "quantization error": its word for no memory
+            raise MemoryError(f"{path}: {error}") from None
+        picture.save(small, "PNG", optimize=True)
         if small.tell() < MOST_BYTES:
             break
     write_whole(Path(path), small.getvalue())

@@ -26,8 +26,9 @@ def image_files(folder, seen=(), left=None):
     if len(seen) > 100:
         fail(f"{folder}: more than 100 folders deep; remove it")
     real = folder.resolve()
-    if real in seen:
-        fail(f"{folder}: a link that leads back to {real}, in a circle; remove it")
+    if real in seen:        # what lies behind the link is no link
+        link = next((path for path in (folder, *folder.parents) if path.is_symlink()), folder)
+        fail(f"{link}: a link that leads back to {real}, in a circle; remove the link")
     found = []
     try:
         with os.scandir(folder) as listing:     # knows which are files, without a look at each
@@ -62,7 +63,8 @@ def folder_listing(root):
     if not (root / "train").is_dir() or test is None:
         missing = "train" if test else "test (or val)"
         fail(f"{root}: holds no folder {missing}; it must hold train/<class>/* and test/<class>/*")
-    listing, left = {}, [root / "val"] * (test == "test" and (root / "val").is_dir())
+    ours = "train", test, ".arrays"
+    listing, left = {}, [path for path in sorted(root.iterdir()) if path.name not in ours]
     for split, name in (("train", "train"), ("test", test)):
         there = sorted((root / name).iterdir())
         folders = [d for d in there if d.is_dir() and not d.name.startswith(".")]

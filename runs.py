@@ -68,6 +68,9 @@ def altered(folder, names):
     except (OSError, ValueError) as error:
         fail(f"{folder / SUMS}: cannot be read ({error}); train this run again with --overwrite")
     sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
+    if "final.json" not in sums or sums.keys() - set(RUN_FILES):        # that is its last line
+        fail(f"{folder / SUMS}: cut short or damaged; put a whole copy there, or train this run "
+             "again with --overwrite")
     return [name for name in names if not (folder / name).is_file()
             or sums.get(name) != sha256((folder / name).read_bytes())]
 
@@ -150,15 +153,19 @@ def which(path):
         return (found := path.stat()).st_ino, found.st_mtime_ns
 
 
-def open_run(args, config, name, held=False):
+def open_run(args, config, name, held=False, source=None):
     """Return (folder, final): final is the dict of a finished run that is the one asked for.
 
     Nothing is made yet. A finished run that differs, an unfinished one without --resume or
     --overwrite, or a resumed one with other settings ends with one line naming what differs; so
-    does one where another process trains, unless this one has the folder (held).
+    does one where another process trains, unless this one has the folder (held). source: a file
+    that the run learns from, which must be of another one.
     """
     name = plain_name("--run", name if args.run is None else args.run)
     folder = Path(args.results_dir) / args.recipe / name
+    if source and Path(source).resolve().parent == folder.resolve():
+        fail(f"{source}: lies in the folder of this run, which would replace it; give another "
+             "--run NAME")
     if not held:
         SEEN[folder] = which(folder / "config.json")
     elif args.overwrite and SEEN[folder] != which(folder / "config.json"):
@@ -196,7 +203,8 @@ def open_run(args, config, name, held=False):
         fail(f"{folder}: {'final.json' if finished else 'checkpoint.pt'} without config.json, "
              f"which says with what settings; {ways}")
     for name in altered(folder, ("final.json",)) if finished else ():
-        fail(f"{folder / name}: not as the run left it: changed or damaged; {ways}")
+        fail(f"{folder / name}: not what {SUMS} says, one of the two was changed or damaged; "
+             f"{ways}")
     if finished:
         final = read_json(folder / "final.json")
         refuse_version(folder / "final.json", final, ways)

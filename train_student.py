@@ -40,7 +40,8 @@ def versions(device):
                 processes=world())
 
 
-def prepare(args, script, name, started, pair=False, labelled_only=True, noise=None, **known):
+def prepare(args, script, name, started, pair=False, labelled_only=True, noise=None, source=None,
+            **known):
     """Load the data, build the network from its seed, find the run's folder; make nothing yet.
 
     Returns a namespace: args (device and precision resolved), device, splits, model, folder,
@@ -57,7 +58,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, noise=N
     config = runs.make_config(args, script, versions(device), data_key=splits.key,
                               classes=len(splits.classes), class_names=list(splits.classes),
                               parameters=models.count_parameters(model), **known)
-    folder, final = runs.open_run(args, config, name)
+    folder, final = runs.open_run(args, config, name, source=source)
     facts = dict(script=script, parameters=config["parameters"],
                  macs=models.count_macs(model, shape))
     model = model.to(device, memory_format=torch.channels_last)
@@ -117,9 +118,8 @@ def announce(job, what, loss):
         lines["noise"] = ("Gaussian of deviation {2:g} for {0:g} of the images; {3:g} of the "
                           "pixels erased for {1:g}").format(*args.noise)
     if vars(args).get("freeze", "none") != "none":
-        ends = 1 <= args.unfreeze_at <= args.epochs
-        until = f"before epoch {args.unfreeze_at}" if ends else "to the end"
-        lines["frozen"] = f"features, {until}"
+        at, ends = args.unfreeze_at, 1 <= args.unfreeze_at <= args.epochs
+        lines["frozen"] = f"features, {f'before epoch {at}' if ends else 'to the end'}"
     flags.say(f"{what}: {args.arch}, {job.facts['parameters']:,} parameters, "
               f"{job.facts['macs']:,} multiply-adds")
     for title, text in lines.items():
@@ -163,7 +163,7 @@ def run(job, loss_fn, average=None, teacher_seconds=None):
 
 def train(args, role, started):
     """Check, announce and run what the flags say; return the final dict."""
-    known = {}
+    known = dict(source=args.init_from)
     if args.unfreeze_at and args.freeze == "none":
         flags.fail(f"--unfreeze-at {args.unfreeze_at} with --freeze none: nothing is frozen; give "
                    "--freeze features, or leave it out")

@@ -95,7 +95,7 @@ def test_outputs_that_were_exchanged_are_not_reported(copy, capsys):
     np.savez_compressed(copy / "test.npz", logits=np.eye(4, dtype=np.float32),
                         labels=np.arange(4))
     tiny.refused(capsys, report, ["--results-dir", copy.parent.parent], copy / "test.npz",
-                 "not as the run left it")
+                 "not what SHA256SUMS says")
 
 
 def test_a_run_that_was_killed_while_it_ended_writes_its_metrics_again(easy, done, copy):
@@ -363,6 +363,18 @@ def test_a_digit_changed_in_a_result_is_named(easy, tmp_path, capsys, file):
     tiny.refused(capsys, report, ["--results-dir", tmp_path], path, "--overwrite")
     if file == "final.json":
         tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, epochs=1), path)
+
+
+def test_checksums_that_are_cut_short_are_named_themselves(easy, tmp_path, capsys):
+    words = tiny.words(easy, tmp_path, epochs=1)
+    tiny.run(train_student, easy, tmp_path, epochs=1)
+    sums = tmp_path / "digits" / "student-s0" / "SHA256SUMS"
+    whole = sums.read_bytes()
+    for size in (*range(0, len(whole) - 2, 9), len(whole) - 2):
+        sums.write_bytes(whole[:size])
+        tiny.refused(capsys, train_student, words, f"{sums}: cut short or damaged", "--overwrite")
+    sums.write_bytes(whole.replace(b"best.pt", b"bestXpt"))
+    tiny.refused(capsys, report, ["--results-dir", tmp_path], f"{sums}: cut short or damaged")
 
 
 def test_the_checksums_of_a_run_are_those_of_sha256sum(easy, tmp_path):

@@ -3,6 +3,7 @@ out, counted and listed where --skip-bad asks for it."""
 import io
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -93,6 +94,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch, inside):
         decode.read_image(tmp_path / "a.png", 16, "resize")
     assert not (tmp_path / "started").exists()
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)       # how it would be without our care
+    monkeypatch.setattr(decode, "refuse_before_decoding", lambda *_: None)
     with pytest.raises(ValueError, match=r"a\.png"):
         decode.read_image(tmp_path / "a.png", 16, "resize")
     assert (tmp_path / "started").exists()
@@ -167,6 +169,48 @@ def test_a_jpeg_that_is_decoded_again_and_again_is_refused(tmp_path, count, read
     else:
         with pytest.raises(ValueError, match=r"a\.jpg.*101 scans, a bomb"):
             decode.read_image(path, 16, "resize")
+
+
+@pytest.mark.parametrize("holds", [
+    lambda jpeg: b"".join(b"\x1c" + bytes(tag) + len(part).to_bytes(2, "big") + part   # IPTC
+                          for *tag, part in ((3, 60, b"\1\0"), (3, 20, b"\0\20"), (3, 30, b"\0\20"),
+                                             (3, 120, b"\0\5"), (8, 10, jpeg), (8, 11, b""))),
+    lambda jpeg: b"BLP1" + bytes(8) + (16).to_bytes(4, "little") * 2 + bytes(200) + jpeg])
+def test_a_file_that_may_hold_others_is_not_opened(tmp_path, holds):
+    """Theirs would be decoded without a look at them."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(holds(scanned(101)))
+    with pytest.raises(ValueError, match=r"a\.jpg.*(IPTC|BLP), a format that is not read"):
+        decode.read_image(path, 16, "resize")
+
+
+def test_padding_hides_no_scans(tmp_path):
+    path, jpeg = tmp_path / "a.jpg", scanned(101)
+    comment = b"\xff\xfe\xff\xff" + bytes(65533)
+    path.write_bytes(jpeg[:2] + 20 * comment + jpeg[2:])
+    with pytest.raises(ValueError, match="101 scans, a bomb"):
+        decode.read_image(path, 16, "resize")
+
+
+def test_tiles_larger_than_a_picture_may_be(tmp_path):
+    """16×16 pixels in one tile, which is decoded whole."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: 45_008, 323: 45_008, 324: 8,
+            325: 4}
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I4xH", 12, len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4))
+    with pytest.raises(ValueError, match="45008×45008 pixels, a bomb"):
+        decode.read_image(path, 16, "resize")
+
+
+@pytest.mark.parametrize("words", ["decoder error -9 when reading image file", "out of memory"])
+def test_memory_that_a_decoder_lacks_is_no_fault_of_the_file(folder, capsys, monkeypatch, words):
+    def lacking(*_):
+        raise OSError(words)
+
+    monkeypatch.setattr(decode, "to_rgb", lacking)
+    refused(capsys, folder, "its 16×16 pixels", "lower OMP_NUM_THREADS", skip_bad=True)
+    assert not list(folder.glob(".arrays/*"))
 
 
 def test_a_jpeg2000_is_read_whole_or_not_at_all(tmp_path):
@@ -368,6 +412,9 @@ def test_what_is_not_read_is_told(folder, capsys):
     (folder / "val").mkdir()
     load(folder)
     assert f"{folder / 'val'} and 2 more" in capsys.readouterr().out
+    shutil.copytree(folder / "train", folder / "Train")
+    load(folder)        # beside train, not in it
+    assert f"{folder / 'Train'} and 3 more" in capsys.readouterr().out
 
 
 def test_files_that_are_none_are_refused(folder, capsys):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import common
 import data
@@ -208,6 +209,17 @@ def test_memory_that_is_gone_to_the_last_byte_leaves_room_for_the_line():
                             capture_output=True), "out of memory", "batches of 4 images")
 
 
+def test_pictures_that_lack_memory_are_told(easy, tmp_path, capsys, monkeypatch):
+    def lacking(*_):
+        raise ValueError("quantization error")      # PIL's word for it
+
+    monkeypatch.setattr(Image.Image, "quantize", lacking)
+    with pytest.raises(SystemExit) as stop:
+        train_student.main(tiny.words(easy, tmp_path, epochs=1))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and "out of memory" in line
+
+
 def test_a_disk_that_turns_read_only_is_told_by_the_file_that_was_to_be(tmp_path, monkeypatch):
     def read_only(path, **_):
         raise OSError(30, "Read-only file system", str(path))
@@ -240,6 +252,8 @@ def test_where_there_is_no_room_to_load_pytorch_a_line_says_so(tmp_path, fault, 
      "capacity of 7.79 GiB", ["out of memory: 2.50 GiB", "batches of 16 images of 3×16×16",
                               "lower --batch-size"]),
     (RuntimeError, "could not create a primitive", ["out of memory", "lower --batch-size"]),
+    (RuntimeError, "can't start new thread", ["out of memory", "lower --batch-size"]),
+    (lambda text: OSError(12, text, "/lib/api.py"), "Cannot allocate memory", ["out of memory"]),
     (RuntimeError, "integer out of range", [
         "a kernel of PyTorch can count (integer out of range)", "batches of 16 images of 3×16×16",
         "lower --batch-size"]),

@@ -150,7 +150,8 @@ def test_a_circle_of_links_is_refused_by_path(tmp_path, capsys, target):
         load(root)
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1
-    assert str(root / "train" / "red" / "loop") in line and "leads back to" in line
+    # and not what lies behind it, which is no link
+    assert f"{root / 'train' / 'red' / 'loop'}: a link that leads back to" in line
 
 
 def test_a_link_that_leads_nowhere_is_refused_by_path(tmp_path, capsys):

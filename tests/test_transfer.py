@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import common
+import distill
 import models
 import train_student
 import train_teacher
@@ -134,6 +135,25 @@ def test_a_run_from_drawn_weights_is_not_one_from_others(easy, source, tmp_path,
     tiny.refused(capsys, train_student, [*words, "--init-from", source], "init_sha256 None")
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     train_student.main(words)
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)])
+def test_a_run_does_not_replace_what_it_learns_from(easy, chain, tmp_path, capsys, more):
+    """It could not be gone on from: the weights would be gone with the first epoch."""
+    results = tmp_path / "r"
+    for name in ("student-s0", "teacher-s0"):
+        shutil.copytree(chain[0] / "digits" / name, results / "digits" / name)
+    before = {path: path.read_bytes() for path in results.rglob("*.*")}
+    own = results / "digits" / "student-s0" / "best.pt"
+    link = tmp_path / "link.pt"
+    link.symlink_to(own)
+    for file in (own, link):
+        tiny.refused(capsys, train_student, tiny.words(easy, results, "--init-from", file, *more),
+                     file, "lies in the folder of this run", "--run")
+    for teacher in ((), ("--teacher", results / "digits/teacher-s0/best.pt")):
+        tiny.refused(capsys, distill, tiny.words(easy, results, "--run", "teacher-s0", *teacher,
+                                                 *more), "teacher-s0/best.pt", "lies in")
+    assert before == {path: path.read_bytes() for path in results.rglob("*.*")}
 
 
 @pytest.mark.parametrize("flags, parts", [
