@@ -302,6 +302,7 @@ def share_buffers_(*modules):
 
 SPARE = 2**24       # bytes
 
+
 @contextlib.contextmanager
 def guard(args=SimpleNamespace()):      # noqa: B008
     """End with one line where memory or a disk gives out, or another process has ended."""

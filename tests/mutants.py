@@ -44,7 +44,7 @@ LABELS = tests("data", "labels", "no_more_labels", "the_seed_chooses")
 START = tests("models", "init_against", "deviation", "batch_norm_starts", "the_same_seed")
 PAIRS = tests("compare", "interval", "three_seeds", "pairs_share", "two_seeds", "one_seed",
               "no_conclusion", "only_the_row", "no_gap", "networks_of_different",
-              "a_seed_that_is", "seeds_with_other")
+              "a_seed_that_is", "seeds_with_other", "a_teacher")
 BESIDE = tests("beside", "calibration", "confusion", "agreement")
 TARGETS = {
     "distill": dict.fromkeys((

@@ -122,6 +122,18 @@ def test_a_teacher_that_was_trained_again_is_not_that_of_its_student(tmp_path):
             "Taught by another" in note for note in result["notes"])
 
 
+@pytest.mark.parametrize("weights, shown", [(None, True), ("0" * 64, True), ("f" * 64, False)])
+def test_a_teacher_whose_weights_are_unknown_is_taken_for_the_one(tmp_path, weights, shown):
+    """Older runs do not say what theirs are."""
+    make_six(tmp_path, only=("student",))
+    make_run(tmp_path, "kd-s0", 0, SIX["kd"][0], teacher_sha256="0" * 64)
+    path = make_run(tmp_path, "teacher-s0", 0, SIX["teacher"][0]) / "final.json"
+    if weights:
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(weights_sha256=weights)))
+    gap = next(row["gap"] for row in numbers(tmp_path)["rows"] if row["key"] == "kd")
+    assert (gap is not None) == shown
+
+
 def test_pairs_share_their_data(tmp_path):
     """Seed 0 of the student alone learned from other images: no pair; of both seeds: no verdict."""
     make_six(tmp_path, 2, only=("teacher", "student", "kd"))
