@@ -352,7 +352,7 @@ def guard(args=SimpleNamespace()):      # noqa: B008
             fail(f"{lack}; end other programs, or give a smaller --image-size where there is one")
         fail(f"{lack}, with batches of {args.batch_size} images of "
              f"3×{args.image_size}×{args.image_size}; lower --batch-size"
-             + " or --image-size" * (args.dataset == "folder"))
+             + " or --image-size" * (args.dataset == "folder") + ", or end other programs")
 
 
 def memory(groups="/sys/fs/cgroup", own="/proc/self/cgroup"):

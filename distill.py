@@ -29,7 +29,7 @@ import data
 import download
 import models
 import runs
-from files import absent_after_an_error, crc, new_array, read_array, sync
+from files import absent_after_an_error, crc, new_array, read_array, sync, unless_damaged
 from device import guard, processor, rank, share, silent, summed, wait
 from train_student import CHOICES, announce, detail, prepare, run
 
@@ -207,7 +207,7 @@ def kept_outputs(teacher, card, job, stream):
 def whole_cache(folder, key, shape, kind):
     """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
     for path in folder.glob(f"{key}-*.npy"):
-        with contextlib.suppress(Exception):
+        with unless_damaged():
             table, told = read_array(path), f"-{crc(path):08x}"
             if (table.shape, table.dtype) == (shape, kind) and path.stem.endswith(told):
                 return path

@@ -71,6 +71,17 @@ def absent_after_an_error(path, named=None):
 
 # ---- reading ----------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def unless_damaged():
+    """Pass over what flipped bits in a file lead to, which is of many kinds; MemoryError where it
+    is a lack of memory, and no fault of the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+
+
 def plain_file(path):
     """Return a path; OSError where it leads to no file, but to a pipe, a device or a folder."""
     if path.exists() and not path.is_file():
@@ -134,9 +145,9 @@ def damage(path):
     except Exception as error:      # what flipped bits lead to is of many kinds
         if getattr(error, "errno", None) not in (None, errno.EINVAL):   # the disk, not the file
             return f"cannot be read ({error.strerror})"
+        wrong = str(error) or type(error).__name__
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if (head := file.read(2)) == b"\x80\x02":
                 return "in PyTorch's format of before 1.6, without checksums; ask for a newer copy"
-            wrong = str(error) or type(error).__name__
             wrong = wrong if head == b"PK" else "it does not begin as a checkpoint does"
     return wrong and f"cut short or damaged ({wrong}); take a whole copy, or train with --overwrite"

@@ -16,7 +16,7 @@ import numpy as np
 import download
 from decode import decode_all
 from device import memory, refuse_beyond_memory, threads
-from files import read_array, read_text, write_whole
+from files import read_array, read_text, unless_damaged, write_whole
 from flags import fail, plain, say
 
 
@@ -298,7 +298,7 @@ def mapped(folder):
     """Return (arrays, facts) of a folder of .npy files, mapped into memory, or None: they are not
     there, of another version, or, if they are not too large to look at, not as they were written.
     """
-    try:
+    with unless_damaged():
         facts = json.loads(read_text(folder / "meta.json"))
         arrays = {name: read_array(folder / f"{name}.npy") for name in
                   ("train_images", "train_labels", "test_images", "test_labels")}
@@ -312,12 +312,11 @@ def mapped(folder):
         if (facts["sum"] != sum_of(facts) or facts["labels"] != labels_key(arrays)
                 or small and key_of(arrays) != facts["key"] or not could_be(facts, arrays)):
             return None
-    except Exception:       # what flipped bits lead to is of many kinds
-        return None
-    for array in arrays.values():
-        if array.nbytes > memory() / 2:     # else each image would bring 128 kB of its neighbours
-            array._mmap.madvise(mmap.MADV_RANDOM)
-    return (arrays, facts) if known else None
+        for array in arrays.values():
+            if array.nbytes > memory() / 2:     # else each image would bring 128 kB of neighbours
+                array._mmap.madvise(mmap.MADV_RANDOM)
+        return (arrays, facts) if known else None
+    return None
 
 
 def image_arrays(folder, kind, listing, size, fit, skip_bad=False):

@@ -8,8 +8,10 @@ import textwrap
 from PIL import Image
 
 from compare import ROWS, label
+from decode import decoding
+from files import read_text
 from flags import fail
-from runs import short
+from runs import refuse_altered_sweep, short
 
 COLUMNS = {  # column of a table -> its short form on the terminal (None: left out there)
     "run": "run", "n": "n", "parameters": "params", "multiply-adds": "MACs", "epochs": "epochs",
@@ -319,7 +321,8 @@ def picture(path, caption):
     if not path.is_file():
         return ""
     try:
-        Image.open(path, formats=["PNG"]).load()
+        with decoding():        # a stranger's may be a bomb
+            Image.open(path, formats=["PNG"]).load()
     except Exception as error:      # what flipped bits lead to is of many kinds
         fail(f"{path}: cut short or damaged ({error}); remove it, or make it anew")
     data = base64.b64encode(path.read_bytes()).decode()
@@ -349,11 +352,16 @@ def recipe_section(folder, found):
 
 def sweep_section(folder):
     """Return the section of one sweep: its table, notes and plot."""
-    text = (folder / "sweep.md").read_text(encoding="utf-8").replace("&lt;", "<").splitlines()
-    lines = [[cell.strip().replace("\\|", "|") for cell in line.strip().strip("|").split(" | ")]
-             for line in text if line.startswith("|")]
+    refuse_altered_sweep(folder)
+    try:
+        text = read_text(folder / "sweep.md").replace("&lt;", "<").splitlines()
+        lines = [[cell.strip().replace("\\|", "|") for cell in line.strip().strip("|").split(" | ")]
+                 for line in text if line.startswith("|")]
+        shown = table(lines[0], lines[2:])
+    except (OSError, ValueError, IndexError) as error:
+        fail(f"{folder / 'sweep.md'}: cut short or damaged ({error}); the sweep's command makes it")
     notes = [line for line in text if line.strip() and not line.startswith("|")]
-    return (f"<h3>{html.escape(folder.name)}</h3>" + table(lines[0], lines[2:])
+    return (f"<h3>{html.escape(folder.name)}</h3>" + shown
             + '<p class=notes>' + "<br>".join(map(html.escape, notes)) + "</p>"
             + picture(folder / "sweep.png", f"sweep {folder.name}"))
 

@@ -27,10 +27,10 @@ from compare import (
     make_rows,
     read_runs,
 )
-from files import write_whole
+from files import read_text, write_whole
 from plots import MOST_BYTES, draw_comparison, draw_details
 from recipes import DEFAULTS, RECIPES, settings
-from runs import SUMS, short, taught_by_others, this_version
+from runs import SUMS, refuse_altered_sweep, short, taught_by_others, this_version
 
 SETTINGS = {  # said under a table -> key in config.json or final.json
     "data set": "dataset", "device": "device", "precision": "precision", "epochs": "epochs",
@@ -237,12 +237,13 @@ def publish(flags):
         place = Path("sweeps", plain_name("--sweep", flags.sweep))
         target = Path(flags.results_dir) / "published" / place
         made = [Path(flags.results_dir) / place / f"sweep.{kind}" for kind in ("md", "csv", "png")]
-        if not all(path.exists() for path in made):
+        if not all(path.is_file() for path in made):
             there = sorted(p.parent.name for p in Path(flags.results_dir).glob("sweeps/*/sweep.md"))
             fail(f"--sweep {flags.sweep}: none, or not whole, below {flags.results_dir}/sweeps "
                  f"(there are: {', '.join(there) or 'none'}); the sweep's command makes it")
+        refuse_altered_sweep(made[0].parent)
         target.mkdir(parents=True, exist_ok=True)
-        for path in made:
+        for path in (*made, *made[0].parent.glob(SUMS)):
             write_whole(target / path.name, path.read_bytes())
         print(f"published in {plain(target)}")
         return {"sweep": flags.sweep}
@@ -297,13 +298,16 @@ def _block(flags, kind, recipe):
     if kind not in BLOCKS:
         fail(f"{flags.readme}: unknown marker {kind}:{recipe} (choose from {', '.join(BLOCKS)})")
     try:
-        text = source.read_text(encoding="utf-8")
+        if kind == "sweep":
+            refuse_altered_sweep(source.parent)
+        text = read_text(source)
         known = text.strip() if kind == "sweep" else json.loads(text)
         if isinstance(known, dict) and not this_version(known.get("schema", SCHEMA)):
             fail(f"{flags.readme}: {source} is of another version of these scripts (schema "
                  f"{known['schema']!r}, now {SCHEMA}); `make publish {what}={recipe}` writes it")
         return known if kind == "sweep" else BLOCKS[kind](known)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError,
+            AttributeError) as error:
         fail(f"{flags.readme}: {kind}:{recipe} needs {source} ({type(error).__name__}): "
              f"`make {kind if kind in FILES else f'publish {what}={recipe}'}` makes it")
 

@@ -33,6 +33,7 @@ UNSAID = DEFAULTS | {"init_sha256": None}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
+SWEEP_FILES = "sweep.csv", "sweep.png", "sweep.md"
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
 METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "ema_val_loss",
            "ema_val_accuracy", "lr", "seconds", "images_per_second")
@@ -58,9 +59,9 @@ def write_final(folder, final):
     write_whole(folder / "final.json", data)
 
 
-def altered(folder, names):
+def altered(folder, names, last="final.json", known=RUN_FILES):
     """Return those of a run's files that are not as the run left them. Runs of before there were
-    checksums are taken as they are."""
+    checksums are taken as they are. last: of the list of checksums; known: what it may name."""
     if not (folder / SUMS).exists():
         return []
     try:
@@ -68,11 +69,24 @@ def altered(folder, names):
     except (OSError, ValueError) as error:
         fail(f"{folder / SUMS}: cannot be read ({error}); train this run again with --overwrite")
     sums = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
-    if "final.json" not in sums or sums.keys() - set(RUN_FILES):        # that is its last line
+    if last not in sums or sums.keys() - set(known):
         fail(f"{folder / SUMS}: cut short or damaged; put a whole copy there, or train this run "
-             "again with --overwrite")
+             "again with --overwrite (a sweep: its command)")
     return [name for name in names if not (folder / name).is_file()
             or sums.get(name) != sha256((folder / name).read_bytes())]
+
+
+def sum_sweep(folder):
+    """Write the checksums of a sweep's files."""
+    lines = (f"{sha256((folder / name).read_bytes())}  {name}\n" for name in SWEEP_FILES)
+    write_whole(folder / SUMS, "".join(lines).encode())
+
+
+def refuse_altered_sweep(folder):
+    """Leave with one line where a sweep's files are not as it left them."""
+    for name in altered(folder, SWEEP_FILES, SWEEP_FILES[-1], SWEEP_FILES):
+        fail(f"{folder / name}: not what {SUMS} says, one of the two was changed or damaged; the "
+             "sweep's command makes both anew")
 
 
 def this_version(schema):

@@ -3,9 +3,10 @@
     python report.py sweep --over alpha=0.1,0.5 --over temperature=1,4 --seeds 0,1,2 -- distill.py
     python report.py sweep --over labels+epochs=500+281,all+12 -- train_student.py
 
-Restartable: finished runs are kept, as every script keeps its own.
+Restartable: finished runs are kept, as every script keeps its own. No command of its own.
 """
-from flags import RECIPES, Parser, fail, plain, plain_name, say, settings  # noqa: I001
+from flags import (  # noqa: I001
+    RECIPES, Parser, fail, launch, plain, plain_name, say, settings)
 import argparse
 import contextlib
 import csv
@@ -147,11 +148,13 @@ def sweep(args, script, words):
              and len(data) == 1]        # of other images none is the best
     best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / runs.SUMS).unlink(missing_ok=True)
     write_csv(folder / "sweep.csv", names, found)
     draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
     made = [folder / early.recipe / run for _, _, run, _ in plan]
     text = table(names, rows, best) + about(made, script, words)
     files.write_whole(folder / "sweep.md", text.encode())
+    runs.sum_sweep(folder)
     print(f"\n{terminal(names, rows, best)}\n\n{folder}/sweep.csv, sweep.md, sweep.png; "
           f"{time.perf_counter() - started:.0f} s")
     return {"rows": rows, "best": best, "folder": str(folder)}
@@ -347,3 +350,7 @@ def draw(path, names, grids, rows, heading):
     note = f"bars: 95 % interval of {seeds} seeds{each}" if seeds > 1 else "one seed: no interval"
     axes.set_title(f"{textwrap.fill(plain(heading), 78)}\n{note}", fontsize=TEXT, parse_math=False)
     save(figure, path)
+
+
+if __name__ == "__main__":
+    launch(lambda: fail("sweep.py: a command of report.py; give: python report.py sweep …"))

@@ -365,6 +365,24 @@ def test_a_digit_changed_in_a_result_is_named(easy, tmp_path, capsys, file):
         tiny.refused(capsys, train_student, tiny.words(easy, tmp_path, epochs=1), path)
 
 
+def test_outputs_are_not_removed_for_a_lack_of_memory(easy, results, capsys, monkeypatch):
+    words = tiny.words(easy, results, "--views", 1, "--cache", epochs=1)
+    distill.main(words)
+    (kept,) = (results / "digits" / ".teacher").glob("*.npy")
+
+    def lacking(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(distill, "read_array", lacking)
+    tiny.refused(capsys, distill, [*words, "--overwrite"], "out of memory", "end other programs")
+    assert kept.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc here")
+def test_a_file_that_cannot_be_read_at_all_is_named(capsys):
+    tiny.refused(capsys, look, ["predict", "/proc/self/mem", "x.png"], "/proc/self/mem")
+
+
 def test_checksums_that_are_cut_short_are_named_themselves(easy, tmp_path, capsys):
     words = tiny.words(easy, tmp_path, epochs=1)
     tiny.run(train_student, easy, tmp_path, epochs=1)

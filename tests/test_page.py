@@ -1,10 +1,12 @@
 """results/report.html: one file, whole, that shows what the report says."""
 import html.parser
+import os
 
 import fake_runs
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import plots
 import report
@@ -66,6 +68,24 @@ def test_sweeps_are_shown(tmp_path, read):
     page = read()
     for text in ("distill-alpha", "best by validation", "0.5"):
         assert text in "".join(page.text)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no table\n", b"\xff| a |\n", b"| a | b |\n| --- |\n| 1 ", None])
+def test_a_sweep_of_before_there_were_checksums_that_is_cut_short(tmp_path, capsys, content):
+    path = tmp_path / "sweeps" / "one" / "sweep.md"
+    path.parent.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(path)         # reading it would wait for ever
+    else:
+        path.write_bytes(content)
+    tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], path, "cut short or damaged")
+
+
+def test_a_bomb_among_the_pictures_of_a_run(tmp_path, capsys):
+    path = fake_runs.make_run(tmp_path, "kd-s0", 0, 73) / "curves.png"
+    Image.new("1", (12_000, 12_000)).save(path)
+    tiny.refused(capsys, report, ["html", "--results-dir", tmp_path], path, "exceeds limit")
 
 
 @pytest.mark.parametrize("place", ["digits/kd-s0/curves.png", "sweeps/one/sweep.png"])

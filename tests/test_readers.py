@@ -164,6 +164,20 @@ def test_a_link_that_leads_nowhere_is_refused_by_path(tmp_path, capsys):
 
 # ---- the arrays kept --------------------------------------------------------------------------
 
+@pytest.mark.parametrize("lack", [MemoryError(), OSError(12, "Cannot allocate memory")])
+def test_a_lack_of_memory_is_no_damage(tmp_path, capsys, monkeypatch, lack):
+    load(tiny.make_folder(tmp_path / "root", train=1, test=1))
+    capsys.readouterr()
+
+    def lacking(*_):
+        raise lack
+
+    monkeypatch.setattr(readers, "read_array", lacking)
+    with pytest.raises(MemoryError):
+        load(tmp_path / "root")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture
 def folder(tmp_path):
     return tiny.make_folder(tmp_path / "root", train=3, test=2)

@@ -209,7 +209,8 @@ def test_a_sweep_is_published_and_shown_in_a_readme(easy, tmp_path, capsys):
     results = ["--results-dir", str(tmp_path)]
     report.main(["publish", *results, "--sweep", "mine"])
     kept = tmp_path / "published" / "sweeps" / "mine"
-    assert sorted(path.name for path in kept.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "SHA256SUMS", "sweep.csv", "sweep.md", "sweep.png"]
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- sweep:mine -->\n<!-- /sweep -->\nb\n")
     report.main(["readme", *results, "--readme", str(readme)])
@@ -218,5 +219,13 @@ def test_a_sweep_is_published_and_shown_in_a_readme(easy, tmp_path, capsys):
     for part in ("| alpha |", "data set folder", "precision fp32", "epochs 2", "seeds 0",
                  "date 20"):
         assert part in text, part
+    for name in ("sweep.md", "sweep.csv", "sweep.png", "SHA256SUMS"):      # a bit turned
+        for place in (kept, tmp_path / "sweeps" / "mine"):
+            whole = (place / name).read_bytes()
+            (place / name).write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
+            command = ["readme", "--readme", readme] if place == kept else ["html"]
+            tiny.refused(capsys, report, [*command, *results], place, "SHA256SUMS", "sweep")
+            (place / name).write_bytes(whole)
+    report.main(["html", *results])
     tiny.refused(capsys, report, ["publish", *results, "--sweep", "other"], "other")
     tiny.refused(capsys, report, ["publish", *results, "--sweep", "../x"], "--sweep")
