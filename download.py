@@ -184,7 +184,9 @@ def alone(folder):
         with contextlib.suppress(OSError):
             for _ in range(1000):
                 made |= {path for path in (folder, *folder.parents) if not path.exists()}
-                with contextlib.suppress(FileNotFoundError):    # who made it had no use for it
+                # Who made it had no use for it, and removed it: before it is opened, or while
+                # makedirs looks whether what is there already is a folder.
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
                     os.makedirs(folder, exist_ok=True)
                     handle = os.open(folder, os.O_RDONLY)
                     try:

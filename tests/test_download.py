@@ -1,8 +1,10 @@
 """The downloader against a server that cuts off, stalls and lies, and what a user reads then."""
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import io
+import os
 import re
 import socket
 import subprocess
@@ -326,6 +328,24 @@ def test_of_many_that_wait_for_a_folder_that_is_made_again_one_is_in(tmp_path):
     told = [child.communicate(timeout=60)[1] for child in children]
     assert [child.returncode for child in children] == [0] * 4, told
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    calls, whole = [], os.makedirs
+
+    def gone(path, **options):
+        calls.append(path)
+        if len(calls) == 1:     # there already; and a moment later it is not
+            raise FileExistsError(17, "File exists", str(path))
+        whole(path, **options)
+
+    monkeypatch.setattr(os, "makedirs", gone)
+    with download.alone(tmp_path / "new"):
+        handle = os.open(tmp_path / "new", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+    assert len(calls) == 2
 
 
 def test_a_file_placed_by_hand_is_checked_and_named(published, server, root, capsys):
