@@ -127,6 +127,8 @@ def refuse_before_decoding(image, path):
         width, length = (image.tag_v2.get(tag, 1) for tag in (322, 323))     # a tile's
         if width * length > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"tiles of {width}×{length} pixels, a bomb")
+        if image.tag_v2.get(262) == 0 and image.mode[0] in "IF":    # PIL would show the negative
+            raise ValueError("grey levels beyond 8 bits, 0 for white; convert it to PNG")
     if image.format in ("JPEG", "MPO", "JPEG2000"):
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if image.format == "JPEG2000":

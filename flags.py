@@ -244,7 +244,8 @@ FLAGS = {
         "results-dir": dict(type=a_path, metavar="DIR", help="run folders are DIR/<recipe>/<run>"),
         "run": dict(metavar="NAME", help="name of the run's folder; default: <what>-s<seed>"),
         "resume": dict(**on_off, help="go on from the last finished epoch, if there is one"),
-        "overwrite": dict(**on_off, help="throw an earlier run of this name away"),
+        "overwrite": dict(**on_off, help="throw an earlier run of this name away, also "
+                                         "beside --resume"),
         "dry-run": dict(**on_off, help="check everything, print it, make no run"),
     },
 }

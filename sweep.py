@@ -103,6 +103,9 @@ def first_look(words):
 
 def sweep(args, script, words):
     """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    if {"-h", "--help"} & {*words}:
+        main(["--help"])
     early = first_look(words)
     names = [name for name, _ in args.over]
     flags = [flag for name in names for flag in name.split("+")]
@@ -116,7 +119,6 @@ def sweep(args, script, words):
     name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
     name = plain_name("--name", name)
     folder = Path(early.results_dir) / "sweeps" / name
-    main = importlib.import_module(script.removesuffix(".py")).main
     grid = list(itertools.product(*(values for _, values in args.over)))
     plan = [(seed, values, *command(early, script, single(names, values), seed))
             for seed in args.seeds for values in grid]

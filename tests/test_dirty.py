@@ -203,6 +203,22 @@ def test_tiles_larger_than_a_picture_may_be(tmp_path):
         decode.read_image(path, 16, "resize")
 
 
+@pytest.mark.parametrize("from_white", [False, True])
+def test_grey_levels_of_16_bits_that_count_from_white_are_refused(tmp_path, from_white):
+    """PIL passes over it, and would show the negative."""
+    path = tmp_path / "a.tif"
+    tags = {256: 4, 257: 4, 258: 16, 259: 1, 262: 0 if from_white else 1, 273: 8, 277: 1, 278: 4,
+            279: 32}
+    path.write_bytes(b"II*\0" + struct.pack("<I", 40) + np.full(16, 25 * 257, "<u2").tobytes()
+                     + struct.pack("<H", len(tags)) + b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4))
+    if from_white:
+        with pytest.raises(ValueError, match="0 for white; convert it"):
+            decode.read_image(path, 4, "resize")
+    else:
+        assert (decode.read_image(path, 4, "resize") == 25).all()
+
+
 @pytest.mark.parametrize("words", ["decoder error -9 when reading image file", "out of memory"])
 def test_memory_that_a_decoder_lacks_is_no_fault_of_the_file(folder, capsys, monkeypatch, words):
     def lacking(*_):
