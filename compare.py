@@ -11,7 +11,7 @@ import numpy as np
 
 from files import plain_file, read_text
 from flags import fail, plain
-from runs import FACTS, FREE, METRICS, SUMS, altered, is_accuracy, refuse_version, teacher_of
+from runs import ALTERED, FACTS, FREE, METRICS, altered, is_accuracy, refuse_version, teacher_of
 
 # ---- rows of a table --------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ def read_run(folder):
         fail(f"{folder / 'config.json'}: {odd} cannot be {str(config.get(odd))[:99]}; {way_out}")
     kept = [name for name in ("test.npz", "curves.png") if (folder / name).exists()]
     for name in altered(folder, ("config.json", "final.json", "metrics.csv", *kept)):
-        fail(f"{folder / name}: not what {SUMS} says, one of the two was changed or damaged; "
+        fail(f"{folder / name}: {ALTERED}; "
              + ("remove it" if name == "curves.png" else way_out))
     if [row["epoch"] for row in history] != list(range(1, len(history) + 1)) or (
             len(history) != final["epochs"]):

@@ -31,6 +31,7 @@ FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names", "p
 # What a run was made with whose config.json does not say.
 UNSAID = DEFAULTS | {"init_sha256": None}
 SUMS = "SHA256SUMS"     # of a finished run's files; `sha256sum -c` reads it too
+ALTERED = f"not what {SUMS} says, one of the two was changed or damaged"
 RUN_FILES = ("final.json", SUMS, "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
 SWEEP_FILES = "sweep.csv", "sweep.png", "sweep.md"
@@ -85,8 +86,7 @@ def sum_sweep(folder):
 def refuse_altered_sweep(folder):
     """Leave with one line where a sweep's files are not as it left them."""
     for name in altered(folder, SWEEP_FILES, SWEEP_FILES[-1], SWEEP_FILES):
-        fail(f"{folder / name}: not what {SUMS} says, one of the two was changed or damaged; the "
-             "sweep's command makes both anew")
+        fail(f"{folder / name}: {ALTERED}; the sweep's command makes both anew")
 
 
 def this_version(schema):
@@ -217,8 +217,7 @@ def open_run(args, config, name, held=False, source=None):
         fail(f"{folder}: {'final.json' if finished else 'checkpoint.pt'} without config.json, "
              f"which says with what settings; {ways}")
     for name in altered(folder, ("final.json",)) if finished else ():
-        fail(f"{folder / name}: not what {SUMS} says, one of the two was changed or damaged; "
-             f"{ways}")
+        fail(f"{folder / name}: {ALTERED}; {ways}")
     if finished:
         final = read_json(folder / "final.json")
         refuse_version(folder / "final.json", final, ways)
@@ -236,7 +235,7 @@ def open_run(args, config, name, held=False, source=None):
                  f"{config['parameters']:,} now; {ways}")
         say(f"{folder}: finished already, kept")
         return folder, final
-    if not args.resume and any(folder.iterdir()):
+    if not args.resume:
         fail(f"{folder}: an unfinished run; add --resume to go on from its last finished epoch, "
              "or --overwrite to start again")
     wrong = not held and (folder / "checkpoint.pt").exists() and damage(folder / "checkpoint.pt")

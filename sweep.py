@@ -3,7 +3,7 @@
     python report.py sweep --over alpha=0.1,0.5 --over temperature=1,4 --seeds 0,1,2 -- distill.py
     python report.py sweep --over labels+epochs=500+281,all+12 -- train_student.py
 
-Restartable: finished runs are kept, as every script keeps its own. No command of its own.
+Restartable: finished runs are kept, as every script keeps its own.
 """
 from flags import (  # noqa: I001
     RECIPES, Parser, fail, launch, plain, plain_name, say, settings)
