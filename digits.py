@@ -21,6 +21,7 @@ same whatever the count. Platforms may differ by a grey level where FreeType or 
 of the CPU round differently.
 """
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,9 @@ def render(count, seed):
 @functools.cache
 def _glyphs(face):
     """-> the ten digits of a face, uint8 (h, w) cut to the ink; drawn once a process."""
-    import matplotlib
     from PIL import ImageFont
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
+    matplotlib = Path(find_spec("matplotlib").origin).parent    # its fonts alone are needed
+    path = matplotlib / "mpl-data" / "fonts" / "ttf" / f"{face}.ttf"
     try:  # BASIC: the other layout engine is not built into every pillow
         font = ImageFont.truetype(str(path), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:

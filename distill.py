@@ -1,54 +1,69 @@
 """Train the student with a teacher: a bigger network, or its own average.
 
-    python distill.py                                  kd: teacher and labels (Hinton et al. 2015)
-    python distill.py --objective kd-only              the teacher alone, no label is read
-    python distill.py --objective consistency          mean teacher (Tarvainen & Valpola 2017)
-    python distill.py --objective consistency --ema-decay 0       the teacher is the student itself
-    python distill.py --teacher ema                    kd from the student's own average
-    python distill.py --teacher results/digits/teacher-s1/best.pt --temperature 2 --alpha 0.5
+    python distill.py                          kd (Hinton et al. 2015)
+    python distill.py --objective kd-only      the teacher alone, without labels
+    python distill.py --objective consistency  mean teacher (Tarvainen 2017)
+    python distill.py --objective consistency --ema-decay 0    without average
+    python distill.py --teacher ema            kd from the student's own average
+    python distill.py --teacher results/digits/teacher-s1/best.pt --alpha 0.5
 
-The same seed sees the same batches and starts from the same student as train_student.py.
+The same seed sees the same batches and starts from the same student as
+train_student.py.
 """
-import flags  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
+import argparse
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import math
-import os
 import shlex
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import common
 import data
-import download
 import models
-import runs
-from files import absent_after_an_error, crc, new_array, read_array, sync, unless_damaged
-from device import guard, processor, rank, share, silent, summed, wait
-from train_student import CHOICES, announce, detail, prepare, run
+from models import Outputs
+from recipes import (
+    RECIPES,
+    fail,
+    locked,
+    one_line_errors,
+    parse,
+    progress,
+    say,
+    settings,
+    write_whole,
+)
 
-STORED = {"bf16": np.int16, "fp32": np.float32}     # NumPy has no bf16: its bits are kept
+# ---- losses -------------------------------------------------------------------------
 
-# ---- losses -----------------------------------------------------------------------------------
+def kl_divergence(student_logits, teacher_logits, temperature):
+    """Return KL(teacher ‖ student) of the softmaxes at a temperature, a scalar in float32.
 
-def kd_loss(student_logits, teacher_logits, labels, temperature, alpha):
-    """Return alpha·T²·KL(teacher ‖ student) + (1−alpha)·CE, a scalar in float32.
-
-    Logits (B, classes), labels (B,), −1 where unlabelled. KL is between the two softmaxes at
-    temperature T, summed over classes, mean over all rows; T² keeps its gradient's size when T
-    changes. CE is at temperature 1, mean over labelled rows, 0 if there are none. Gradient flows
-    to the student only. Hinton, Vinyals & Dean 2015, arXiv 1503.02531, section 2.
+    Logits (B, classes). Summed over classes, mean over rows. Gradient flows to the student
+    only.
     """
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, 1)
     student = F.log_softmax(student_logits.float() / temperature, 1)
     # batchmean, not mean: mean would also divide by the number of classes.
-    soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def kd_loss(student_logits, teacher_logits, labels, temperature, alpha):
+    """Return alpha·T²·KL(teacher ‖ student) + (1−alpha)·CE, a scalar in float32.
+
+    Logits (B, classes), labels (B,), −1 where unlabelled. KL is over all rows; T² keeps its
+    gradient's size when T changes. CE is at temperature 1, mean over labelled rows. Hinton,
+    Vinyals & Dean 2015, arXiv 1503.02531, section 2.
+    """
+    soft = kl_divergence(student_logits, teacher_logits, temperature)
     return alpha * temperature ** 2 * soft + (1 - alpha) * class_cost(student_logits, labels, "ce")
 
 
@@ -91,310 +106,440 @@ def ramp_up(epoch, epochs):
     return math.exp(-5 * (1 - t) ** 2)
 
 
-# ---- teachers ---------------------------------------------------------------------------------
+# ---- objectives ---------------------------------------------------------------------
+
+# An objective is a function of what student and teacher put out (models.Outputs), the batch
+# and the flags. It returns its terms, name -> (weight, value): what is minimised is the sum
+# of weight·value. A term called "labels" is the one that needs no teacher.
+
+def kd(student, teacher, batch, args):
+    return {"teacher": (args.alpha * args.temperature ** 2,
+                        kl_divergence(student.logits, teacher.logits, args.temperature)),
+            "labels": (1 - args.alpha, class_cost(student.logits, batch.y, "ce"))}
+
+
+def kd_only(student, teacher, batch, args):
+    return {"teacher": (args.temperature ** 2,
+                        kl_divergence(student.logits, teacher.logits, args.temperature))}
+
+
+def consistency(student, teacher, batch, args):
+    weight = (1 - args.class_weight) * ramp_up(batch.epoch - args.warm_start, args.ramp_up)
+    return {"labels": (args.class_weight, class_cost(student.logits, batch.y, args.class_cost)),
+            "consistency": (weight, consistency_loss(student.logits, teacher.logits))}
+
+
+# loss: the function. formula: what is minimised, in words. reads: its flags, in FLAGS or in
+# `flags`: flag -> (default, type, help), those that are its own. needs: "second view" (student
+# and teacher see two views of an image), "features" (Outputs with embedding and maps; the
+# teacher's outputs cannot be kept then). teacher: "ema" where the default is the student's
+# own average. section: of a recipe, where it is another objective's. adapter: (student,
+# teacher, image_shape) -> a module that is trained beside the student; the loss takes it as
+# its last argument, adapter.
+OBJECTIVES = {
+    "kd": dict(
+        loss=kd, reads=("temperature", "alpha"),
+        formula="α·T²·KL(teacher ‖ student, both at T) + (1−α)·CE(labels)"),
+    "kd-only": dict(
+        loss=kd_only, reads=("temperature",), section="kd",
+        formula="T²·KL(teacher ‖ student, both at T)"),
+    "consistency": dict(
+        loss=consistency, reads=("class-weight", "class-cost", "ramp-up", "warm-start"),
+        needs=("second view",), teacher="ema",
+        formula="λ·cost(labels) + (1−λ)·ramp·MSE(softmaxes of two views)"),
+}
+SYMBOLS = {"temperature": "T", "alpha": "α", "class-weight": "λ", "class-cost": "cost"}
+
+
+def needs(args, what):
+    """Return whether the run's objective needs "features" or a "second view"."""
+    return what in OBJECTIVES[args.objective].get("needs", ())
+
+
+def outputs_of(network, x, args):
+    """Return the Outputs of a network, with features where the objective needs them."""
+    if needs(args, "features"):
+        return network(x, with_features=True)
+    return Outputs(network(x))
+
+
+def own_flags():
+    """Return the flags that objectives bring with them, as recipes.parse takes them."""
+    found = {}
+    for entry in OBJECTIVES.values():
+        found.update(entry.get("flags", {}))
+    return found
+
+
+def minimises(args):
+    """Return what is minimised, with its numbers."""
+    entry = OBJECTIVES[args.objective]
+    values = []
+    for flag in entry["reads"]:
+        value = vars(args)[flag.replace("-", "_")]
+        shown = f"{value:g}" if isinstance(value, float) else value
+        values.append(f"{SYMBOLS.get(flag, flag)} {shown}")
+    return f"{entry['formula']}; {', '.join(values)}" if values else entry["formula"]
+
+
+def make_loss(args, teacher, adapter=None):
+    """Return loss_fn(model, batch) -> (terms, logits) of the run's objective.
+
+    teacher: batch -> Outputs.
+    """
+    objective = OBJECTIVES[args.objective]["loss"]
+    if adapter is not None:
+        objective = functools.partial(objective, adapter=adapter)
+    check = TeacherCheck()
+
+    def loss_fn(model, batch):
+        student = outputs_of(model, batch.x, args)
+        terms = objective(student, teacher(batch), batch, args)
+        check(student, terms)
+        weighted = {name: weight * value for name, (weight, value) in terms.items()}
+        return weighted, student.logits
+    return loss_fn
+
+
+class TeacherCheck:
+    """Refuse to go on when the teacher's terms move nothing in 20 steps: the loss would look
+    right and teach nothing."""
+
+    def __init__(self):
+        self.silent_steps, self.done = 0, False
+
+    def __call__(self, student, terms):
+        taught = sum(value for name, (weight, value) in terms.items()
+                     if name != "labels" and weight)
+        if self.done or not torch.is_tensor(taught):
+            return
+        outputs = [student.logits, *student.maps]
+        if student.embedding is not None:
+            outputs.append(student.embedding)
+        for gradient in torch.autograd.grad(taught, outputs, retain_graph=True, allow_unused=True):
+            # Rounding alone leaves 1e-8.
+            if gradient is not None and gradient.abs().max() * len(student.logits) > 1e-5:
+                self.done = True
+                return
+        self.silent_steps += 1
+        if self.silent_steps > 20:
+            fail("the teacher's term has no gradient on the student: both see and say the same, "
+                 "or --temperature leaves nothing of it; give --augment, --noise, --ema-decay, "
+                 "another --temperature or another teacher")
+
+
+# ---- teachers -----------------------------------------------------------------------
 
 def find_teacher(args):
     """Return the path of the teacher, or None where it is the student's own average."""
-    asked = args.teacher or ("ema" if args.objective == "consistency" else None)
+    asked = args.teacher or OBJECTIVES[args.objective].get("teacher")
     if asked == "ema":
         return None
     path = Path(asked or Path(args.results_dir, args.recipe, f"teacher-s{args.seed}", "best.pt"))
-    if not path.is_file():
-        standard = flags.settings(args.recipe, "teacher")
-        typed = "".join(f" --{name.replace('_', '-')} {shlex.quote(str(vars(args)[name]))}"
-                        for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction",
-                                     "labels", "seed", "results_dir", "device")
-                        if vars(args)[name] != standard[name])
-        typed += " --overwrite" * (path.parent / "final.json").exists()      # its best.pt is gone
-        fail = f"--teacher {path}: {'a folder' if path.is_dir() else 'no such file'}"
-        flags.fail(f"{fail}; train it with: python train_teacher.py --recipe {args.recipe}{typed}"
-                   if not asked else f"{fail}; give a best.pt, or ema")
-    return path
+    if path.is_file():
+        return path
+    if asked:
+        fail(f"--teacher {path}: no such file; give a best.pt, or ema")
+    fail(f"--teacher {path}: no such file; train it with: {teacher_command(args)}")
 
 
-def check_teacher(path, card, job):
+def teacher_command(args):
+    """Return the command that trains the teacher of these flags."""
+    words = ["python", "train_teacher.py"]
+    if args.recipe in RECIPES:
+        words += ["--recipe", args.recipe]
+    standard = settings(args.recipe, "teacher")
+    for name in ("dataset", "data_dir", "image_size", "fit", "val_fraction", "labels", "seed",
+                 "results_dir", "device"):
+        value = vars(args)[name]
+        if value != standard[name]:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
+def check_teacher(path, card, run):
     """Refuse a teacher whose classes or images are not the student's, by name."""
-    theirs, mine = list(card["classes"]), list(job.splits.classes)
+    theirs, mine = list(card["classes"]), list(run.splits.classes)
     if theirs != mine:
         odd = sorted(set(theirs) ^ set(mine))
         which = f"{odd[0]!r} is in only one of them" if odd else "they stand in another order"
-        flags.fail(f"--teacher {path}: knows {len(theirs)} classes, the data has {len(mine)}; "
-                   f"{which}; give a teacher trained on these classes")
-    theirs, mine = tuple(card["build"]["image_shape"]), tuple(job.card["build"]["image_shape"])
+        fail(f"--teacher {path}: knows {len(theirs)} classes, the data has {len(mine)}; {which}; "
+             "give a teacher trained on these classes")
+    theirs, mine = (tuple(one["build"]["image_shape"]) for one in (card, run.card))
     if theirs != mine:
-        flags.fail(f"--teacher {path}: takes images of {theirs}, the data has {mine} "
-                   "(channels, height, width); give --image-size or another teacher")
+        fail(f"--teacher {path}: takes images of {theirs}, the data has {mine} (channels, height, "
+             "width); give --image-size or another teacher")
 
 
-def frozen_teacher(network, card, job):
-    """Return x -> logits without gradient, for batches normalised with the student's data."""
-    network = network.to(job.device, memory_format=torch.channels_last)
+def frozen_teacher(network, card, run):
+    """Return x -> Outputs without gradient, for batches normalised with the student's data."""
+    network = network.to(run.device, memory_format=torch.channels_last)
     mean, std, own_mean, own_std = (
-        torch.tensor(values, device=job.device, dtype=torch.float32).view(1, 3, 1, 1)
-        for values in (job.splits.mean, job.splits.std, card["mean"], card["std"]))
+        torch.tensor(values, device=run.device, dtype=torch.float32).view(1, 3, 1, 1)
+        for values in (run.splits.mean, run.splits.std, card["mean"], card["std"]))
     same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
 
+    @torch.no_grad()
     def teacher(x):
-        with torch.no_grad():
-            return network(x if same else (x * std + mean - own_mean) / own_std)
+        if not same:
+            x = (x * std + mean - own_mean) / own_std
+        return outputs_of(network, x, run.args)
     return teacher
 
 
-def report_teacher(teacher, card, job, path):
+def own_teacher(run, average):
+    """Return x -> Outputs of the student's average; with --ema-decay 0 of the student itself, in
+    train mode: BatchNorm then sees both views."""
+    network = run.model if average is None else average.eval()
+
+    @torch.no_grad()
+    def teacher(x):
+        return outputs_of(network, x, run.args)
+    return teacher
+
+
+def report_teacher(teacher, card, run, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
-    val = job.batches[1]
-    if not len(val):
-        return detail("from", f"{path} (no validation images to measure it on)")
+    if not len(run.val):
+        return common.detail("from", f"{path} (no validation images to measure it on)")
     module = torch.nn.Module()
-    module.forward = teacher
-    found = common.evaluate(module, val, job.args.precision)
+    module.forward = lambda x: teacher(x).logits
+    found = common.evaluate(module, run.val, run.args.precision)
     if not math.isfinite(found["loss"]):
-        flags.fail(f"--teacher {path}: what it says of images is not finite; give a whole one")
-    detail("from", f"{path}: validation accuracy {100 * found['accuracy']:.2f} %")
-    if card.get("val_fraction", 1) < job.args.val_fraction:
-        flags.say("warning: this teacher held out fewer images (--val-fraction); it may have "
-                  "learned from some that this run validates on")
-    own, labels = card.get("labels", 0), job.args.labels
-    if labels and (own is None or own > labels):
-        flags.say(f"warning: this teacher learned from {own or 'all'} labels, the student has "
-                  f"{labels}: what it gains may be theirs")
-    if found["accuracy"] <= runs.chance(val.labels.cpu()):
-        flags.say("warning: this teacher is not above chance; what it teaches is noise")
+        fail(f"--teacher {path}: what it says of images is not finite; give a whole one")
+    common.detail("from", f"{path}: validation accuracy {100 * found['accuracy']:.2f} %")
+    if card.get("val_fraction", 1) < run.args.val_fraction:
+        say("warning: this teacher held out fewer images (--val-fraction); it may have learned "
+            "from some that this run validates on")
+    theirs, mine = card.get("labels", 0), run.args.labels
+    if mine and (theirs is None or theirs > mine):
+        say(f"warning: this teacher learned from {theirs or 'all'} labels, the student has "
+            f"{mine}: what it gains may be theirs")
+    if found["accuracy"] <= common.chance(run.val.labels.cpu()):
+        say("warning: this teacher is not above chance; what it teaches is noise")
 
 
-# ---- the teacher cache ------------------------------------------------------------------------
+# ---- the teacher's outputs, kept ----------------------------------------------------
 
-def pick_cache(args, own):
+def pick_cache(args, path):
     """Return whether the teacher's outputs are kept; refuse --cache where they cannot be."""
-    why = ("--teacher ema: this teacher changes with every step" if own else
-           "--noise: every epoch draws its own" if args.noise else "")
+    why = None
+    if path is None:
+        why = "--teacher ema: this teacher changes with every step"
+    elif args.noise:
+        why = "--noise: every epoch draws its own"
+    elif needs(args, "features"):
+        why = f"--objective {args.objective}: it reads features, of which only logits are kept"
     if args.cache and why:
-        flags.fail(f"--cache with {why}; leave --cache out")
-    return not why and (0 < args.views < args.epochs if args.cache is None else args.cache)
+        fail(f"--cache with {why}; leave --cache out")
+    if args.cache is None:
+        return not why and 0 < args.views < args.epochs
+    return args.cache
 
 
-def kept_outputs(teacher, card, job, stream):
-    """Return batch -> the teacher's logits, (B, classes), computed once for all views and kept in a
-    file that is named by all that they depend on. A row's logits are those that the live teacher
-    gives, bit for bit on the CPU: images in batches of one size, one precision, as many threads.
+def cached_teacher(teacher, card, run, stream):
+    """Return batch -> Outputs, computed once for all views and kept in a file that is named by
+    all that they depend on.
+
+    A row's logits are those that the live teacher gives, bit for bit on the CPU: images in
+    batches of one size, one precision, as many threads.
     """
-    args, train, folder = job.args, job.batches[0], job.folder.parent / ".teacher"
-    views = args.views or args.epochs       # fresh ones: as many as epochs, for the runs to come
-    sources = models, data, common, common.device       # and this file
-    code = b"".join(Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in sources)))
+    args, train = run.args, run.train
+    views = args.views or args.epochs       # fresh ones: as many as epochs
+    sources = (__file__, models.__file__, data.__file__, common.__file__)
+    code = b"".join(Path(file).read_bytes() for file in sources)
     depends = dict(
-        teacher=job.config["teacher_sha256"], build=card["build"], mean=card["mean"],
-        std=card["std"], data=job.splits.key, pixels=(job.splits.mean, job.splits.std),
+        teacher=run.config["teacher_sha256"], build=card["build"], mean=card["mean"],
+        std=card["std"], data=run.splits.key, pixels=(run.splits.mean, run.splits.std),
         images=len(train), augment=args.augment, views=(args.views, views), seed=args.seed,
-        stream=stream, batch=train.step_size, device=processor(job.device),
+        stream=stream, batch=train.step_size, device=common.processor(run.device),
         deterministic=args.deterministic, precision=args.precision, torch=torch.__version__,
         threads=torch.get_num_threads(), code=hashlib.sha256(code).hexdigest())
-    form = shape, _ = (views, len(train), len(card["classes"])), STORED[args.precision]
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    # Of two runs at once one computes; of one run's processes each its share of the views.
-    with download.alone(folder) if rank() == 0 else contextlib.nullcontext():
-        wait()
-        if not summed(torch.tensor(int(not rank() and bool(whole_cache(folder, key, *form))))):
-            fill(folder, key, shape, teacher, train, stream, args.precision)
-        path = whole_cache(folder, key, *form)
-    table = data.tensor(read_array(path))
-    table = table.view(torch.bfloat16) if args.precision == "bf16" else table
-    detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: {path}")
-    table = common.device.near(table, job.device)
-    return lambda batch: table[batch.epoch % views, batch.rows.to(table.device)].to(job.device)
+    path = run.folder.parent / ".teacher" / f"{key[:32]}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One run computes the cache, others wait.
+    with locked(path.parent) if common.rank() == 0 else contextlib.nullcontext():
+        common.wait()
+        table = read_cache(path)
+        if not common.summed(torch.tensor(int(table is None))):
+            table = torch.from_numpy(table)
+        else:
+            table = teacher_outputs(teacher, run, stream, views)
+            if common.rank() == 0:
+                memory = io.BytesIO()
+                np.savez(memory, outputs=table.numpy())
+                write_whole(path, memory.getbuffer())
+    if args.precision == "bf16":
+        table = table.view(torch.bfloat16)
+    common.detail("cache", f"{views} views of {len(train)} images, {table.nbytes / 1e6:.1f} MB: "
+                           f"{path}")
+    table = data.to_device_if_it_fits(table, run.device)
+
+    def outputs(batch):
+        rows = batch.rows.to(table.device)
+        return Outputs(table[batch.epoch % views, rows].to(run.device))
+    return outputs
 
 
-def whole_cache(folder, key, shape, kind):
-    """Return the file of that key, <key>-<CRC32>.npy, or None; one that was damaged is removed."""
-    for path in folder.glob(f"{key}-*.npy"):
-        with unless_damaged():
-            table, told = read_array(path), f"-{crc(path):08x}"
-            if (table.shape, table.dtype) == (shape, kind) and path.stem.endswith(told):
-                return path
-        flags.say(f"{path}: cut short or damaged, made anew")
-        path.unlink(missing_ok=True)
-    return None
+def read_cache(path):
+    """Return the table in a file of kept outputs, or None; the zip's checksums find damage."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            return file["outputs"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        say(f"{path}: damaged ({error}); made anew")
+        return None
 
 
-@torch.no_grad()
-def fill(folder, key, shape, teacher, train, stream, precision):
-    """Write the teacher's logits for every view of every train image, (V, N, classes)."""
-    aside, (views, n, _), size = folder / f"{key}.part", shape, train.step_size
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.part"):       # of a process that was killed
-            old.unlink(missing_ok=True)
-        new_array(aside, STORED[precision], shape)
-    wait()
-    table, mine = np.lib.format.open_memmap(aside, "r+"), share(views)
-    with absent_after_an_error(aside), tqdm(
-            total=len(mine) * n, desc="teacher's outputs", unit=" images", dynamic_ncols=True,
-            leave=False, disable=silent()) as bar:
-        for view in mine:
-            # The last of the fresh ones, which count from 1, is at epochs mod epochs = 0.
-            draw = train.draw(stream, view or (0 if train.views else views))
-            for start in range(0, n, size):
-                rows = torch.arange(start, start + size).clamp(max=n - 1)      # a padded tail
-                with common.autocast(train.device, precision):
-                    logits = teacher(train.look(rows, draw))[:n - start]
-                row = logits.float() if precision == "fp32" else logits.bfloat16().view(torch.int16)
-                table[view, start:start + size] = row.cpu().numpy()
-                bar.update(len(logits))
-    table.flush()
-    wait()
-    if rank() == 0:
-        sync(aside)
-        os.replace(aside, folder / f"{key}-{crc(aside):08x}.npy")
-    wait()
+def teacher_outputs(teacher, run, stream, views):
+    """Return the teacher's logits for every view of every train image, (views, N, classes).
+
+    bf16 as int16, for NumPy has no bf16. Every rank computes its share of the views.
+    """
+    train, precision = run.train, run.args.precision
+    n, size = len(train), train.step_size
+    dtype = torch.int16 if precision == "bf16" else torch.float32
+    table = torch.zeros(views, n, len(run.splits.classes), dtype=dtype)
+    mine = range(views)[common.rank()::common.world()]
+    bar = progress(len(mine) * n, "teacher's outputs", "images")
+    for view in mine:
+        # The last of the fresh ones, which count from 1, is at epochs mod epochs = 0.
+        draw = train.draw(stream, view or (0 if train.views else views))
+        for start in range(0, n, size):
+            rows = torch.arange(start, start + size).clamp(max=n - 1)      # a padded tail
+            with common.autocast(train.device, precision):
+                logits = teacher(train.look(rows, draw)).logits[:n - start]
+            if precision == "bf16":
+                logits = logits.bfloat16().view(torch.int16)
+            table[view, start:start + size] = logits.cpu()
+            bar.update(len(logits))
+    bar.close()
+    # As bytes: not every backend can add int16.
+    return common.summed(table.view(torch.uint8)).view(dtype)
 
 
-# ---- objectives -------------------------------------------------------------------------------
+# ---- the script ---------------------------------------------------------------------
 
-def taught(term, logits, silent):
-    """Refuse to go on when the teacher's term has moved nothing in the first 20 steps: the loss
-    would look right and teach nothing. silent: a list that counts them; emptied once it moves."""
-    (gradient,) = torch.autograd.grad(term, logits, retain_graph=True)
-    if gradient.abs().max() * len(logits) > 1e-5:       # rounding alone leaves 1e-8
-        silent.clear()
-    elif silent.append(1) or len(silent) > 20:
-        flags.fail("the teacher's term has no gradient on the student: both see and say the same, "
-                   "or --temperature leaves nothing of it; give --augment, --noise, --ema-decay, "
-                   "another --temperature or another teacher")
+def run_name(args, path):
+    """Return the run's name without its seed."""
+    if args.objective == "consistency" and path is None:
+        return "mean-teacher" if args.ema_decay else "mean-teacher-no-ema"
+    default = OBJECTIVES[args.objective].get("teacher")
+    return args.objective + ("-ema" if path is None and default != "ema" else "")
 
 
-def kd_objective(args, teacher):
-    silent = [1]
-
-    def loss_fn(model, batch):
-        logits, targets = model(batch.x), teacher(batch)
-        if silent and args.alpha:
-            taught(kd_loss(logits, targets, batch.y, args.temperature, 1.0), logits, silent)
-        return kd_loss(logits, targets, batch.y, args.temperature, args.alpha), logits
-    return loss_fn
-
-
-def consistency_objective(args, teacher):
-    silent = [1]
-
-    def loss_fn(model, batch):
-        logits = model(batch.x)
-        labels = class_cost(logits, batch.y, args.class_cost)
-        views = consistency_loss(logits, teacher(batch))
-        # In a warm start the average is the student: on one view they say the same.
-        if silent and args.class_weight < 1 and batch.epoch > args.warm_start:
-            taught(views, logits, silent)
-        weight = (1 - args.class_weight) * ramp_up(batch.epoch - args.warm_start, args.ramp_up)
-        return args.class_weight * labels + weight * views, logits
-    return loss_fn
-
-
-def formula(args):
-    """Return what is minimised, with its numbers and reductions."""
-    if args.objective == "consistency":
-        weight, ramp = args.class_weight, f"·ramp over {args.ramp_up} epochs" * bool(args.ramp_up)
-        ramp += f" after {args.warm_start} on the labels alone" * bool(args.warm_start)
-        parts = [f"{weight:g}·{args.class_cost.upper()}(labels)",
-                 f"{1 - weight:g}{ramp}·MSE(softmaxes of two views)"]
-    else:
-        t, a = args.temperature, args.alpha
-        share = "" if a == 1 else f"{a:g}·"
-        parts = [f"{share}{t:g}²·KL(teacher ‖ student, T = {t:g})"] * (a > 0)
-        parts += [f"{1 - a:g}·CE(labels)"] * (a < 1)
-    rows = "; that on the labels over its labelled rows" if args.labels else ""
-    return " + ".join(parts) + f", means over the batch{rows}"
-
-
-def run_name(args, own):
-    if args.objective == "consistency":
-        kind = "consistency" if not own else "mean-teacher" + "-no-ema" * (args.ema_decay == 0)
-    else:
-        kind = args.objective + "-ema" * own
-    return f"{kind}-s{args.seed}"
-
-
-def role_of(early):
-    """Return the role of flags.settings() from --objective and --teacher."""
-    return early.objective + "-ema" * (early.teacher == "ema" and early.objective != "consistency")
-
-
-KD_READS = ("temperature", "alpha")
-CONSISTENCY_READS = ("class_weight", "class_cost", "ramp_up", "warm_start")
+def sections(seen):
+    """Return the recipe's sections of --objective and --teacher."""
+    entry = OBJECTIVES.get(seen.objective, {})
+    found = ("student", entry.get("section", seen.objective))
+    if seen.teacher == "ema" and entry.get("teacher") != "ema":
+        found += ("kd-ema",)
+    return found
 
 
 def check(args, path):
     """Refuse what cannot be: one line that names the flags and the way out."""
-    own, consistency = path is None, args.objective == "consistency"
-    if args.objective == "kd-only" and args.alpha != 1:
-        flags.fail(f"--alpha {args.alpha:g} with --objective kd-only, where no label is read and "
-                   "alpha is 1; use --objective kd")
-    standard = flags.settings(args.recipe, role_of(args))
-    for name in KD_READS if consistency else CONSISTENCY_READS:
-        value = vars(args)[name]
-        if value != standard[name]:
-            flags.fail(f"--{name.replace('_', '-')} {value} with --objective {args.objective}, "
-                       "which has no use for it; leave it out, or give --objective "
-                       f"{'kd' if consistency else 'consistency'}")
-    if args.warm_start >= args.epochs:
-        flags.fail(f"--warm-start {args.warm_start} of {args.epochs} epochs: the teacher would "
-                   "never teach; give fewer, or more --epochs")
-    if own and not consistency and not args.ema_decay:
-        flags.fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
-                   "images, and teach it nothing; give a decay, 0.99 say")
-    if consistency and not args.class_weight:
-        flags.say("warning: --class-weight 0: no label is read, and two views that say the same of "
-                  "every image are all that is asked for")
-    if own and consistency and args.augment == "none" and not (args.ema_decay or args.noise):
-        flags.fail("--ema-decay 0 with --augment none and no --noise: the two views would be the "
-                   "same, and teach nothing; give one of the three")
+    entry = OBJECTIVES[args.objective]
+    if vars(args).get("warm_start", 0) >= args.epochs:
+        fail(f"--warm-start {args.warm_start} of {args.epochs} epochs: the teacher would never "
+             "teach; give fewer, or more --epochs")
+    if path is None and "second view" not in entry.get("needs", ()) and not args.ema_decay:
+        fail("--ema-decay 0 with --teacher ema: the teacher would be the student on the same "
+             "images, and teach it nothing; give a decay, 0.99 say")
+    if path is None and args.augment == "none" and not (args.ema_decay or args.noise):
+        fail("--ema-decay 0 with --augment none and no --noise: the two views would be the same, "
+             "and teach nothing; give one of the three")
+    if vars(args).get("class_weight") == 0:
+        say("warning: --class-weight 0: no label is read, and two views that say the same of "
+            "every image are all that is asked for")
+
+
+def flags_that_are_read(args):
+    """Return the flags less those of other objectives; refuse one of these that was typed."""
+    reads = set(OBJECTIVES[args.objective]["reads"])
+    others = {flag for entry in OBJECTIVES.values() for flag in entry["reads"]} - reads
+    standard = settings(args.recipe, *sections(args))
+    kept = vars(args).copy()
+    for flag in sorted(others):
+        name = flag.replace("-", "_")
+        default = standard.get(name, own_flags().get(flag, (None,))[0])
+        if kept.pop(name) != default:
+            readers = [key for key, entry in OBJECTIVES.items() if flag in entry["reads"]]
+            fail(f"--{flag} with --objective {args.objective}, which does not read it; leave it "
+                 f"out, or give --objective {' or '.join(readers)}")
+    return argparse.Namespace(**kept)
 
 
 def train(args, started):
     """Check, announce and run what the flags say; return the final dict."""
+    args = flags_that_are_read(args)
     path = find_teacher(args)
     check(args, path)
-    args.cache = pick_cache(args, path is None)
-    network, card = models.load(path) if path else (None, None)
-    sha256 = models.weights_sha256(card["model"]) if path else None
-    consistency = args.objective == "consistency"
-    job = prepare(args, "distill.py", run_name(args, path is None), started, labelled_only=False,
-                  pair=consistency, noise=args.noise, source=path, teacher_sha256=sha256)
+    args.cache = pick_cache(args, path)
+    known = dict(minimises=minimises(args), teacher_sha256=None)
+    network = card = average = adapter = seconds = None
     if path:
-        check_teacher(path, card, job)
-    if job.final:
-        return job.final
-    model, args = job.model, job.args
-    average = common.make_average(model) if args.ema_decay else None
+        network, card = models.load(path)
+        known["teacher_sha256"] = models.weights_sha256(card["model"])
+    two_views = needs(args, "second view")
+    run = common.prepare(args, "distill.py", run_name(args, path), started, pair=two_views,
+                         labelled_only=False, known=known, source=path)
     if path:
-        teacher = frozen_teacher(network, card, job)
-    else:       # its own average; with decay 0 itself, in train mode, as BatchNorm then sees both
-        own = average.eval() if average is not None else model
+        check_teacher(path, card, run)
+    if run.final:
+        return run.final
 
-        def teacher(x):
-            with torch.no_grad():
-                return own(x)
+    if args.ema_decay:
+        average = common.make_average(run.model)
+    if path:
+        teacher = frozen_teacher(network, card, run)
+    else:
+        teacher = own_teacher(run, average)
+    if "adapter" in OBJECTIVES[args.objective]:
+        torch.manual_seed(data.seed_for(args.seed, "weights", 1))
+        build_adapter = OBJECTIVES[args.objective]["adapter"]
+        adapter = build_adapter(run.model, network, run.card["build"]["image_shape"])
+        adapter = adapter.to(run.device)
 
     def outputs(batch):
-        return teacher(batch.other if consistency else batch.x)
+        return teacher(batch.other) if two_views else teacher(batch.x)
 
-    announce(job, f"student, {args.objective}", formula(args))
-    before, seconds = time.perf_counter(), None
+    what = f"{known['minimises']}; means over the batch"
+    if args.labels:
+        what += "; that on labels over the labelled rows"
+    lines = []
+    if args.noise:
+        lines.append(("noise", "Gaussian of deviation {2:g} for {0:g} of the images; {3:g} of the "
+                               "pixels erased for {1:g}".format(*args.noise)))
+    common.announce(run, f"student, {args.objective}", what, lines)
     if path:
-        report_teacher(teacher, card, job, path)
+        before = time.perf_counter()
+        report_teacher(teacher, card, run, path)
         if args.cache and not args.dry_run:
-            job.batches[0].pair = False
-            outputs = kept_outputs(teacher, card, job, "other view" if consistency else "view")
+            run.train.pair = False
+            outputs = cached_teacher(teacher, card, run, "other view" if two_views else "view")
         seconds = time.perf_counter() - before
-    objective = consistency_objective if consistency else kd_objective
-    return run(job, objective(args, outputs), average, seconds)
+    return common.fit(run, make_loss(run.args, outputs, adapter), average, adapter, seconds)
 
 
 def main(argv=None):
     started = time.perf_counter()
-    args = flags.parse(__doc__, role_of, CHOICES, argv,
-                       groups=("data", "network", "training", "distillation", "run"))
-    with guard(args):
+    groups = ("data", "network", "training", "distillation", "run")
+    registries = common.REGISTRIES | {"objective": OBJECTIVES}
+    extra = {"distillation": own_flags()}
+    args = parse(__doc__ + formulas(), sections, registries, argv, groups, extra)
+    with one_line_errors("the same command with --resume goes on after the last finished epoch"):
         return train(args, started)
 
 
+def formulas():
+    """Return what each objective minimises, for --help."""
+    lines = [f"    {name:<11} {entry['formula']}" for name, entry in OBJECTIVES.items()]
+    return "\n".join(["\nobjectives:\n", *lines])
+
+
 if __name__ == "__main__":
-    flags.launch(main)
+    main()

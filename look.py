@@ -1,400 +1,400 @@
-"""Look at one trained network: a page of pictures, and predictions for pictures of one's own.
+"""Look at one trained network: a page of pictures, and predictions for images of your own.
 
-    python look.py results/digits/kd-s0                     writes look.html there, teacher beside
+    python look.py results/digits/kd-s0         writes look.html there
     python look.py --average results/digits/mean-teacher-s0
     python look.py results/digits/student-s0 --beside results/digits/kd-s0
     python look.py predict results/digits/kd-s0 photo.png another.jpg
-    python look.py predict --average results/digits/mean-teacher-s0 photo.png
+    python look.py predict results/digits/kd-s0 PHOTOS --out predictions.csv
 
-The page is one file: test images with prediction and truth, first-layer filters, the most confident
-mistakes, saliency maps, what each class wants to see, and two networks on the same images.
+The page is one file: test images with prediction, truth and saliency maps, first-layer
+filters, the most confident mistakes, what each class wants to see, and two networks on the
+same images.
 """
-from flags import (  # noqa: I001
-    FLAGS, Parser, a_file, a_path, could_be_a_path, fail, launch, number, plain, say, words)
+import base64
+import csv
 import html
+import io
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 import common
 import data
-import decode
 import models
-from compare import against, log_softmax
-from device import guard, pick_precision
-from render import frame, section, tile
-from files import read_json, write_whole
-from runs import short
+import report
+from recipes import Parser, fail, one_line_errors, path, read_json, say, write_whole
 
-FILTERS = 32        # of the first layer that are shown
-# Activation maximisation. A step is the gradient scaled to this root mean square, so that networks
-# with large and with small logits walk alike. Without blur and shifts the pictures of convolutional
-# networks are stripes: patterns that a pixel's shift would undo.
-STEPS, STEP, WEIGHT, START, BLURRED = 96, 0.02, 150, 0.01, 4
-PAPER = "Simonyan, Vedaldi &amp; Zisserman 2013, arXiv 1312.6034"
+IMAGES = 12         # of a section, and classes
+FILTERS = 32        # of the first layer
+# Activation maximisation. Without blur and shifts the images are stripes: patterns that a
+# shift by one pixel would undo.
+STEPS = 96
+STEP = 0.02         # root mean square of a step, whatever the size of the logits
+WEIGHT = 150        # λ
+START = 0.01        # deviation of the first image
+BLUR_EVERY = 4      # steps
+PAPER = "Simonyan, Vedaldi & Zisserman 2013, arXiv 1312.6034"
 
 
-# ---- networks ---------------------------------------------------------------------------------
+# ---- networks -----------------------------------------------------------------------
 
-def open_network(run, device="cpu", average=False):
-    """Return one trained network: file, name, network, card, and logits, a function of pixels
-    (B, 3, H, W) from 0 to 1, which it normalises as the network was trained.
+class Trained:
+    """One trained network: a run's folder, or the best.pt in it; average: of its weights.
 
-    run: a run's folder, or its best.pt; average: the average of the weights.
+    Call it on pixels (B, 3, H, W), from 0 to 1: it normalises them as in its training and
+    returns logits (B, classes). on_test: its logits on the test split, (N, classes).
     """
-    file = Path(run)
-    file = file / "best.pt" if file.is_dir() else file
-    network, card = models.load(file, average)
-    network = network.to(device, memory_format=torch.channels_last)
-    mean, std = (torch.tensor(card[key], dtype=torch.float32, device=device).view(1, 3, 1, 1)
-                 for key in ("mean", "std"))
-    return SimpleNamespace(
-        file=file, name=file.parent.resolve().name + ", average" * average, network=network,
-        card=card, epoch=card.get("ema_epoch" if average else "epoch"), device=device,
-        logits=lambda pixels: network((pixels - mean) / std))
+
+    def __init__(self, run, device="cpu", average=False):
+        self.file = Path(run).resolve()
+        if self.file.is_dir():
+            self.file /= "best.pt"
+        network, self.checkpoint = models.load(self.file, average)
+        self.device = common.pick_device(device)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.average, self.on_test = average, None
+        self.name = self.file.parent.name
+        if average:
+            self.name += ", average"
+        self.classes = self.checkpoint["classes"]
+        self.image_shape = self.checkpoint["build"]["image_shape"]
+        self.fit = self.checkpoint.get("fit", "resize")
+        self.mean, self.std = self.checkpoint["mean"], self.checkpoint["std"]
+
+    def __call__(self, pixels):
+        mean = pixels.new_tensor(self.mean).view(3, 1, 1)
+        std = pixels.new_tensor(self.std).view(3, 1, 1)
+        return self.network((pixels - mean) / std)
+
+    def outputs(self, split, precision="fp32"):
+        """Return the logits on a split, (N, classes), on the CPU."""
+        size, logits = data.scoring_size(split.images.shape[1:3]), []
+        batches = data.Batches(split, self.mean, self.std, size, self.device)
+        common.evaluate(self.network, batches, precision, logits)
+        return torch.cat(logits).cpu()
 
 
-def outputs(one, test, precision):
-    """Return a network's logits on a split, (N, classes)."""
-    size = data.scoring_size(test.images.shape[1:3])
-    batches = data.Batches(test, one.card["mean"], one.card["std"], size, one.device)
-    common.evaluate(one.network, batches, precision, kept := [])
-    return common.cards.finite(one.file, torch.cat(kept)).cpu().numpy()
-
-
-def read_config(file):
-    """Return the config.json beside a best.pt: it names the images to test on."""
-    path = file.parent / "config.json"
-    if not path.is_file():
-        fail(f"{path}: no such file, and only it names the test images of {file.name}; give the "
-             "whole folder of a run, or pictures of your own: look.py predict RUN IMAGE")
-    config = read_json(path)
-    for key in ("dataset", "data_dir", "data_key", "teacher", "teacher_sha256"):
-        value, needed = config.get(key), not key.startswith("teacher")
-        if needed and key not in config:
-            fail(f"{path}: lacks {key!r}; train this run again with --overwrite")
-        if not isinstance(value, str if needed else str | None) or not could_be_a_path(value or ""):
-            fail(f"{path}: {key} is {value!r}, no text; train this run again with --overwrite")
-    return config
-
-
-def test_split(config, card, file, data_dir=None):
+def test_split(config, one, data_dir=None):
     """Return the test split that a run was scored on; refuse other images, by their key."""
-    data_dir, size = data_dir or config["data_dir"], card["build"]["image_shape"][1]
-    splits = data.load(config["dataset"], data_dir, image_size=size, fit=card.get("fit", "resize"),
-                       skip_bad=bool(config.get("skip_bad")))
+    data_dir = data_dir or config["data_dir"]
+    splits = data.load(config["dataset"], data_dir, image_size=one.image_shape[1],
+                       fit=one.fit, skip_bad=config["skip_bad"])
     if splits.key != config["data_key"]:
-        fail(f"{data_dir}: not the images of {file} (data key {short(splits.key)}, in its "
-             f"config.json {short(config['data_key'])}); give the right ones with --data-dir")
+        fail(f"{data_dir}: not the images of {one.file}, by their data key; give --data-dir")
     return splits.test
 
 
-def companion(one, config, beside=None, average=False):
+def other_network(one, config, beside=None):
     """Return (the network to set beside this one, or None; why there is none).
 
-    beside: a run; without it the teacher that config.json names, if its weights are still those
-    that taught; for a student of its own average, that average (or, of the average, the student).
+    beside: a run. Without it the teacher of config.json, if its weights are still those that
+    taught, or the average of the network's own weights (of the average, the network).
     """
     if beside:
-        other = open_network(beside, one.device)
+        other = Trained(beside, str(one.device))
     elif config.get("teacher_sha256"):
-        default = one.file.parent.resolve().parent / f"teacher-s{config.get('seed')}" / "best.pt"
-        path = Path(config.get("teacher") or default)
-        if not path.is_file():
-            return None, f"its teacher is not in {path}"
-        other = open_network(path, one.device)
-        if models.weights_sha256(other.card["model"]) != config["teacher_sha256"]:
-            return None, f"{path} is not the network that taught it (other weights)"
-    elif config.get("objective") and one.card.get("ema") is not None:
-        other = open_network(one.file, one.device, not average)
+        runs = one.file.parent.parent
+        file = Path(config["teacher"] or runs / f"teacher-s{config['seed']}" / "best.pt")
+        if not file.is_file():
+            return None, f"its teacher is not in {file}"
+        other = Trained(file, str(one.device))
+        if models.weights_sha256(other.checkpoint["model"]) != config["teacher_sha256"]:
+            return None, f"{file} is not the network that taught it (other weights)"
+    elif one.checkpoint.get("ema") is not None:
+        other = Trained(one.file, str(one.device), not one.average)
     else:
         return None, "its config.json names no teacher"
-    mine, theirs = ((list(n.card["classes"]), list(n.card["build"]["image_shape"]))
-                    for n in (one, other))
-    if mine != theirs:
-        fail(f"{other.file}: {len(theirs[0])} classes, {theirs[0][0]!r} the first, images of "
-             f"{theirs[1]}; {one.file}: {len(mine[0])}, {mine[0][0]!r}, {mine[1]}; both must be of "
-             "the same images and classes: give another --beside")
+    if (one.classes, one.image_shape) != (other.classes, other.image_shape):
+        fail(f"{other.file}: other classes or images than {one.file}; give another --beside")
     if other.name == one.name:
-        one.name, other.name = str(one.file.parent), str(other.file.parent)
+        other.name = str(other.file.parent)
     return other, None
 
 
-# ---- what to look at --------------------------------------------------------------------------
+# ---- what to look at ----------------------------------------------------------------
 
 def mistakes(logits, labels):
     """Return the rows that are wrong, surest first; logits (N, classes), labels (N,)."""
-    wrong = np.flatnonzero(logits.argmax(1) != labels)
-    return wrong[np.argsort(-log_softmax(logits[wrong]).max(1), kind="stable")]
+    confidence, predicted = logits.double().softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().squeeze(1)
+    return wrong[confidence[wrong].argsort(descending=True, stable=True)]
 
 
-def filters(network, image_shape, count=FILTERS):
-    """Return the weights of the first layer, (at most count, 3, k, k), largest norm first, and
-    how many there are; those of a fully connected layer as images of image_shape."""
-    layer = next(m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+def filters(network, image_shape):
+    """Return (weights of the first layer, how many there are), the FILTERS of largest norm.
+
+    The weights are (FILTERS, 3, k, k); those of a fully connected layer have the shape of an
+    image.
+    """
+    layer = next(module for module in network.modules()
+                 if isinstance(module, (nn.Conv2d, nn.Linear)))
     weight = layer.weight.detach().float().cpu()
-    weight = weight.view(len(weight), *image_shape) if weight.ndim == 2 else weight
+    if weight.ndim == 2:
+        weight = weight.view(len(weight), *image_shape)
     order = weight.flatten(1).norm(dim=1).argsort(descending=True, stable=True)
-    return weight[order[:count]], len(weight)
+    return weight[order[:FILTERS]], len(weight)
 
 
 def saliency(logits, pixels, classes):
     """Return |d logit / d pixel|, (B, H, W), the largest of the channels.
 
-    logits: a function of pixels (B, 3, H, W); classes (B,): the logit of each image. Simonyan,
-    Vedaldi & Zisserman 2013, arXiv 1312.6034, section 3.
+    logits: a function of pixels (B, 3, H, W). classes (B,): the logit of each image. PAPER,
+    section 3.
     """
     pixels = pixels.detach().requires_grad_()
     chosen = logits(pixels).gather(1, classes[:, None]).sum()       # images do not mix
-    (slope,) = torch.autograd.grad(chosen, pixels)
+    slope, = torch.autograd.grad(chosen, pixels)
     return slope.abs().amax(1)
 
 
-def maximise(logits, classes, grey, size, seed=0, steps=STEPS):
-    """Return an image for each class that makes its logit large, (len(classes), 3, size, size), in
-    steps of 1/255 from 0 to 1.
+def maximise(logits, classes, grey, size, steps=STEPS):
+    """Return an image for each class that makes its logit large, (classes, 3, size, size).
 
-    Gradient ascent on logit − λ·mean (image − grey)², the same paper, section 2; grey: the colour
-    that it starts from, (3,). Each gradient is taken with the image rolled by up to an eighth of
+    Gradient ascent on logit − λ·mean (image − grey)², PAPER, section 2; grey: the colour that
+    it starts from, (3,). Each gradient is taken with the image rolled by up to an eighth of
     its side, and every few steps the image is blurred by half.
     """
-    g, place = torch.Generator().manual_seed(seed), classes.device
-    grey = torch.tensor(grey, dtype=torch.float32, device=place).view(1, 3, 1, 1)
-    # The noise breaks ties: of equal values a max pool would pass the gradient to the first alone.
-    noise = START * torch.randn(len(classes), 3, size, size, generator=g).to(place)
-    x = (grey + noise).clamp(0, 1)
+    g = torch.Generator().manual_seed(0)
+    place, most = classes.device, size // 8
+    grey = torch.tensor(grey, device=place).view(1, 3, 1, 1)
+    # Noise breaks ties: of equal values a max pool passes the gradient to the first alone.
+    noise = torch.randn(len(classes), 3, size, size, generator=g).to(place)
+    x = (grey + START * noise).clamp(0, 1)
     for step in range(steps):
-        shift = torch.randint(-(size // 8), size // 8 + 1, (2,), generator=g).tolist()
+        shift = torch.randint(-most, most + 1, (2,), generator=g).tolist()
         x.requires_grad_()
-        score = logits(x.roll(shift, (2, 3))).gather(1, classes[:, None]).sum()
-        score = score - WEIGHT * (x - grey).pow(2).mean((1, 2, 3)).sum()
-        (slope,) = torch.autograd.grad(score, x)
-        length = slope.pow(2).mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-        x = (x.detach() + STEP * slope / length).clamp(0, 1)
-        if step % BLURRED == 0 and step < steps - BLURRED:
-            x = (x + F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)) / 2
-    return (x * 255).round() / 255
+        rolled = x.roll(shift, (2, 3))
+        reached = logits(rolled).gather(1, classes[:, None]).sum()
+        distance = (x - grey).pow(2).mean((1, 2, 3)).sum()
+        slope, = torch.autograd.grad(reached - WEIGHT * distance, x)
+        length = slope.pow(2).mean((1, 2, 3), keepdim=True).sqrt()
+        x = x.detach() + STEP * slope / length.clamp(min=1e-12)
+        x = x.clamp(0, 1)
+        if step % BLUR_EVERY == 1:
+            padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+            x = (x + F.avg_pool2d(padded, 3, 1)) / 2
+    return x
 
 
-# ---- the page ---------------------------------------------------------------------------------
+# ---- HTML ---------------------------------------------------------------------------
+
+HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Tutor</title><style>
+:root { color-scheme: light dark; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; font: 16px/1.5 system-ui, sans-serif; }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
+.tiles { display: grid; gap: 1rem .75rem;
+         grid-template-columns: repeat(auto-fill, minmax(min(var(--wide), 100%), 1fr)); }
+figure { margin: 0; } .row { display: flex; gap: 3px; }
+figcaption { font-size: .85rem; line-height: 1.35; }
+img { flex: 1; width: 100%; min-width: 0; image-rendering: pixelated; }
+</style></head><body>
+"""
+
+
+def section(title, text, tiles=(), width="14rem"):
+    """Return a section of tiles, each at least this wide, below a paragraph of text."""
+    return (f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>"
+            f'<div class="tiles" style="--wide: {width}">{"".join(tiles)}</div>\n')
+
+
+def tile(pictures, lines=()):
+    """Return a figure: pictures, {what it shows: uint8 array}, above lines of text."""
+    shown = []
+    for alt, array in pictures.items():
+        memory = io.BytesIO()
+        Image.fromarray(array).save(memory, "PNG")
+        code = base64.b64encode(memory.getvalue()).decode()
+        shown.append(f'<img src="data:image/png;base64,{code}" alt="{html.escape(alt)}">')
+    return (f'<figure><div class="row">{"".join(shown)}</div>'
+            f"<figcaption>{'<br>'.join(map(html.escape, lines))}</figcaption></figure>")
+
 
 def as_bytes(values):
-    """Return images (B, 3, H, W) or maps (B, H, W), from 0 to 1, as uint8, channels last."""
-    values = (values.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return (values.permute(0, 2, 3, 1) if values.ndim == 4 else values).contiguous().numpy()
+    """Return images (..., 3, H, W), from 0 to 1, as uint8, channels last."""
+    values = (values.detach().cpu() * 255).round().to(torch.uint8)
+    return values.movedim(-3, -1).contiguous().numpy()
 
 
-def heat(maps):
-    """Return maps (B, H, W) as uint8, each divided by its own largest value."""
-    return as_bytes(maps / maps.flatten(1).amax(1)[:, None, None].clamp(min=1e-30))
+def percent(share):
+    return f"{100 * share:.2f} %"
 
 
-def test_tiles(test, rows, seen, maps=True):
-    """Return a figure for each of some test images: the image, with maps a saliency map for each
-    network of seen, ((network, its logits on test), ...), and what they say."""
-    labels, names = test.labels[rows], seen[0][0].card["classes"]
-    pixels = torch.from_numpy(test.images[rows]).to(seen[0][0].device).permute(0, 3, 1, 2) / 255
-    pictures = [[(image, f"test image {row}: {names[label]}")] for image, row, label in
-                zip(as_bytes(pixels), rows, labels, strict=True)]
-    lines, wrong = [[] for _ in rows], np.zeros(len(rows), bool)
-    for one, logits in seen:
-        said = logits[rows].argmax(1)
-        chances = 100 * np.exp(log_softmax(logits[rows]).max(1))
-        if maps:
-            hot = heat(saliency(one.logits, pixels, torch.from_numpy(said).to(one.device)))
-        wrong |= said != labels
-        for i, c in enumerate(said):
-            mark = "✗" if c != labels[i] else "✓"
-            who = f"{one.name}:" if len(seen) > 1 else "says"
-            lines[i].append(f"{mark} {who} {names[c]}, {chances[i]:.1f}\u00a0%")
-            pictures[i] += [(hot[i], f"saliency of {names[c]}, {one.name}")] if maps else []
-    for line, label, row in zip(lines, labels, rows, strict=True):
-        line.append(f"is {names[label]} · #{row}")
-    return [tile(*parts) for parts in zip(pictures, lines, wrong, strict=True)]
+# ---- sections of the page -----------------------------------------------------------
+
+def test_tiles(test, rows, networks):
+    """Return a tile for each of some rows of the test split: the image, what each network
+    says of it, and the saliency of that class."""
+    classes, tiles = networks[0].classes, []
+    for row in map(int, rows):
+        image, truth = np.array(test.images[row]), test.labels[row]
+        pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255       # (1, 3, H, W)
+        pictures, lines = {f"test image {row}": image}, []
+        for one in networks:
+            chance, predicted = one.on_test[row].softmax(0).max(0)
+            mark = "✓" if predicted == truth else "✗"
+            lines.append(f"{mark} {one.name}: {classes[predicted]}, {percent(chance)}")
+            slope = saliency(one, pixels.to(one.device), predicted.to(one.device)[None])
+            slope = slope / slope.max().clamp(min=1e-30)
+            pictures[f"saliency of {one.name}"] = as_bytes(slope.expand(3, -1, -1))
+        lines.append(f"is {classes[truth]} · #{row}")
+        tiles.append(tile(pictures, lines))
+    return tiles
 
 
 def filter_section(one):
-    """Return the section of the first layer's weights."""
-    weights, total = filters(one.network, one.card["build"]["image_shape"])
+    weights, total = filters(one.network, one.image_shape)
     scaled = weights / weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    some = f"The {len(weights)} largest of {total}" if len(weights) < total else f"All {total}"
+    tiles = [tile({"filter": image}) for image in as_bytes((scaled + 1) / 2)]
     return section("First layer", (
-        f"{some} filters of the first layer, {weights.shape[3]}×{weights.shape[2]} pixels, by the "
-        "norm of their weights. Red, green and blue are the weights of these (normalised) "
-        "channels, each filter divided by its own largest absolute weight; mid-grey is 0."),
-        [tile([(image, f"filter {i}")], ())
-         for i, image in enumerate(as_bytes((scaled + 1) / 2), 1)], "4rem")
+        f"{len(weights)} of {total} filters, the largest norm first, each divided by its "
+        "largest absolute weight; mid-grey is 0."), tiles, "4rem")
 
 
-def class_section(one, classes, seed):
-    """Return (section, {class: probability reached}) of activation maximisation."""
-    card, chosen = one.card, torch.tensor(classes, device=one.device)
-    names, total = [card["classes"][c] for c in classes], len(card["classes"])
-    found = maximise(one.logits, chosen, card["mean"], card["build"]["image_shape"][1], seed)
+def class_section(one):
+    classes, tiles = torch.arange(len(one.classes), device=one.device)[:IMAGES], []
+    found = maximise(one, classes, one.mean, one.image_shape[1])
     with torch.no_grad():
-        reached = one.logits(found).softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
-    drawn = f"{len(names)} of {total} classes, drawn with seed {seed}. " * (len(names) < total)
+        shares = one(found).softmax(1)
+    for c, image in enumerate(as_bytes(found)):
+        line = f"{one.classes[c]}, {percent(shares[c, c])}"
+        tiles.append(tile({f"an image for {one.classes[c]}": image}, [line]))
     return section("What a class wants to see", (
-        f"{drawn}Activation maximisation ({PAPER}, section 2): {STEPS} steps up the gradient of "
-        f"logit − λ·mean (image − grey)², λ {WEIGHT}, pixels from 0 to 1; grey, where it starts "
-        f"with noise of deviation {START}, seed {seed}, is the colour that normalises to 0; a step "
-        f"is the gradient scaled to a root mean square of {STEP}. Not in the paper: at each step "
-        f"the image is rolled by up to an eighth of its side, and every {BLURRED} steps averaged "
-        "with its own 3×3 blur. Below: the class, and its probability on the image as shown."),
-        [tile([(image, f"an image for the class {name}")], (f"{name}, {100 * p:.1f}\u00a0%",))
-         for image, name, p in zip(as_bytes(found), names, reached, strict=True)],
-    ), dict(zip(names, reached, strict=True))
+        f"Activation maximisation ({PAPER}, section 2): {STEPS} steps up the gradient of "
+        f"logit − {WEIGHT}·mean (image − grey)², from grey with a little noise; not in the "
+        "paper: small shifts and a blur. Below: the class, its probability on the image."),
+        tiles, "9rem")
 
 
-def beside_section(test, mine, theirs, order, count):
-    """Return (section, agreement) of two networks, each (network, its logits on test)."""
-    (one, a), (other, b) = mine, theirs
-    agreement, divergence = against(a, b)
-    right = [logits.argmax(1) == test.labels for logits in (a, b)]
-    differ = order[(a.argmax(1) != b.argmax(1))[order]][:count - count // 3]
-    agree = order[(a.argmax(1) == b.argmax(1))[order]][:count - len(differ)]
-    shares = [(np.mean(x & y), title) for title, x, y in (
-        ("both are right", *right), (f"only {one.name}", right[0], ~right[1]),
-        (f"only {other.name}", ~right[0], right[1]), ("neither", ~right[0], ~right[1]))]
-    told = ", ".join(f"{html.escape(title)} on {100 * share:.2f}&nbsp;%" for share, title in shares)
-    names = html.escape(f"{one.name} and {other.name}")
-    return section(f"{names} on the same images", (
-        f"Of {len(a)} test images they say the same class on {100 * agreement:.2f}&nbsp;%; {told}. "
-        f"Mean KL from {html.escape(other.name)} to {html.escape(one.name)}: {divergence:.3f}. "
-        f"Each image, and its saliency for {names}, of the class that each says, as above: "
-        f"{len(differ)} images on which they differ, then {len(agree)} on which they agree."),
-        test_tiles(test, np.concatenate([differ, agree]), (mine, theirs)), "20rem"), agreement
+def beside_section(test, one, other, order):
+    """order: the rows of the test split in the order in which to take them."""
+    agreement, divergence = report.against(one.on_test.numpy(), other.on_test.numpy())
+    differ = one.on_test.argmax(1) != other.on_test.argmax(1)
+    rows = order[differ[order].numpy()]
+    return section(f"{one.name} and {other.name}", (
+        f"They say the same class on {percent(agreement)} of the test images; mean KL from "
+        f"{other.name} to {one.name}: {divergence:.3f}. Images on which they differ:"),
+        test_tiles(test, rows[:IMAGES], [one, other]), "20rem")
 
 
-def build(args):
-    """Return (the page as HTML, the network, what main returns)."""
-    device = common.pick_device(args.device)
-    one = open_network(args.run, device, args.average)
-    config, names = read_config(one.file), one.card["classes"]
-    test = test_split(config, one.card, one.file, args.data_dir)
-    other, why = companion(one, config, args.beside, args.average)
-    # As the run was scored; bf16 only where it is native.
-    auto = pick_precision("auto", device)
-    precision = "fp32" if config.get("precision") == "fp32" else auto
-    logits = outputs(one, test, precision)
-    rng, n = np.random.default_rng(args.seed), len(test.labels)
-    order, wrong = rng.permutation(n), mistakes(logits, test.labels)
-    sample, mine = order[:args.images], (one, logits)
-    classes = sorted(rng.permutation(len(names))[:args.images].tolist())
-    wanted, reached = class_section(one, classes, args.seed)
-    accuracy = 1 - len(wrong) / n
+# ---- the page -----------------------------------------------------------------------
+
+def make_page(args):
+    """Write the page of a run; return {"page", "mistakes" (how many), "beside"}."""
+    one = Trained(args.run, args.device, args.average)
+    config = read_json(one.file.parent / "config.json")     # it names the test images
+    test = test_split(config, one, args.data_dir)
+    other, why = other_network(one, config, args.beside)
+    one.on_test = one.outputs(test, config["precision"])
+
+    n = len(test.labels)
+    order = np.random.default_rng(0).permutation(n)
+    wrong = mistakes(one.on_test, torch.from_numpy(test.labels))
+    right = n - len(wrong)
+    arch = one.checkpoint["build"]["arch"]
     parts = [
-        f"<p>{html.escape(one.card['build']['arch'])}, {models.count_parameters(one.network):,} "
-        f"parameters, weights after epoch {one.epoch}. {n - len(wrong)} of {n} test images right "
-        f"({100 * accuracy:.2f} %); {html.escape(str(config['dataset']))}, {len(names)} classes; "
-        f"{device.type}, {precision}.</p>",
-        section("Test images", f"{len(sample)} of {n}, drawn with seed {args.seed}: the class that "
-                "the network says, its probability (softmax), the true class and the image's row.",
-                test_tiles(test, sample, (mine,), maps=False)),
+        section("Test images", (
+            f"{arch} on {config['dataset']}: {right} of {n} right, {percent(right / n)}. "
+            "Beside an image |d logit / d pixel| of the class that the network says, the "
+            f"largest of the channels ({PAPER}, section 3), white the largest of its image. "
+            "Below: that class, its probability, the true class, the row."),
+            test_tiles(test, order[:IMAGES], [one])),
         filter_section(one),
-        section("Most confident mistakes", f"Of {len(wrong)} wrong test images those with the "
-                "highest probability." if len(wrong) else "None: every test image is right.",
-                test_tiles(test, wrong[:args.images], (mine,), maps=False) if len(wrong) else ()),
-        section("Saliency", "The first images again; beside each |d logit / d pixel| of the class "
-                f"that the network says, the largest of the three channels ({PAPER}, section 3). "
-                "White is the largest of its image.",
-                test_tiles(test, sample, (mine,)), "15rem"),
-        wanted]
-    agreement = None
+        section("Most confident mistakes", (
+            f"Of {len(wrong)} wrong test images those with the highest probability."),
+            test_tiles(test, wrong[:IMAGES], [one])),
+        class_section(one),
+    ]
+    name = None
     if other:
-        theirs = other, outputs(other, test, precision)
-        found, agreement = beside_section(test, mine, theirs, order, args.images)
-        parts.append(found)
+        name = other.name
+        other.on_test = other.outputs(test, config["precision"])
+        parts.append(beside_section(test, one, other, order))
     else:
-        parts.append(f"<h2>Beside another network</h2><p>None is shown: {html.escape(why)}; "
-                     "--beside RUN takes any run on the same images.</p>")
-    facts = dict(network=one.name, test_accuracy=accuracy, mistakes=len(wrong), reached=reached,
-                 beside=other and other.name, agreement=agreement)
-    return frame(f"Tutor: {one.name}", "\n".join(parts)), one, facts, why
+        parts.append(section("Beside another network", f"None: {why}; give --beside RUN."))
+    file = Path(args.out or one.file.parent / "look.html")
+    page = f"{HEAD}<h1>{html.escape(one.name)}</h1>{''.join(parts)}</body></html>\n"
+    write_whole(file, page.encode(errors="backslashreplace"))
+    say(f"{file}: {right} of {n} test images right")
+    return {"page": str(file), "mistakes": len(wrong), "beside": name}
 
 
-# ---- predictions ------------------------------------------------------------------------------
+# ---- predictions --------------------------------------------------------------------
 
-def predict(run, images, average=False, top=3):
-    """Classify image files with a run's best.pt; nothing else of the project's data is needed.
+def predict(run, images, average=False, device="cpu"):
+    """Classify image files with a run's best.pt; return {path: {class: probability}}.
 
-    run: the run's folder or its best.pt; images: paths, of any size and mode. Returns a list of
-    {"image", "class", "probability", "top": [(class, probability), …]}.
+    images: paths of any size and mode; of a folder every image below it, sorted. Nothing else
+    of the run is needed.
     """
-    one, found = open_network(run, average=average), []
-    if str(one.card.get("fit")) not in decode.FITS:
-        fail(f"{one.file}: does not say how images are brought to its size; train it again")
-    for image in images:
-        try:
-            with decode.decoding():
-                pixels = decode.read_image(Path(image), one.card["build"]["image_shape"][1],
-                                           one.card["fit"])
-        except (ValueError, OSError, MemoryError) as error:
-            fail(error)
-        x = torch.tensor(pixels).permute(2, 0, 1)[None] / 255               # (1, 3, H, W)
-        shares = common.cards.finite(one.file, one.logits(x)).softmax(1)[0]
-        best = shares.argsort(descending=True)[:top].tolist()
-        likely = [(one.card["classes"][i], float(shares[i])) for i in best]
-        found.append({"image": str(image), "class": likely[0][0], "probability": likely[0][1],
-                      "top": likely})
+    one, files, found = Trained(run, device, average), [], {}
+    for file in map(Path, images):
+        files += data.image_files(file, []) if file.is_dir() else [file]
+    pixels, bad = data.decode(files, one.image_shape[1], one.fit, "decoding")
+    why = next(iter(bad.values()), f"{images[0]}: an empty folder")
+    if len(bad) == len(files):
+        fail(why)
+    if bad:
+        say(f"note: {len(bad)} of {len(files)} files left out; the first: {why}")
+    unknown = np.zeros(len(files), np.int64)
+    shares = one.outputs(data.Split(pixels, unknown)).softmax(1).tolist()
+    for row, file in enumerate(files):
+        if row not in bad:
+            found[str(file)] = dict(zip(one.classes, shares[row], strict=True))
     return found
 
 
-def main_predict(argv):
-    parser = Parser(prog="look.py predict", description=__doc__,
-                    usage="%(prog)s [--average] RUN IMAGE [IMAGE ...]")
-    parser.add_argument("run", type=a_path, metavar="RUN", help="a run's folder, or a best.pt")
-    parser.add_argument("images", type=a_path, metavar="IMAGE", nargs="+",
-                        help="any image that PIL reads")
-    parser.add_argument("--average", action="store_true", help="use the average of the weights")
-    args = parser.parse_args(argv)
-    with guard(args):
-        found = predict(args.run, args.images, args.average)
-    for one in found:
-        shares = "  ".join(f"{name} {100 * p:.1f} %" for name, p in one["top"])
-        print(plain(f"{one['image']}: {shares}"))
+def show_predictions(args):
+    """Print what a network says of images, or write a CSV into --out; return predict's."""
+    found = predict(args.run, args.files, args.average, args.device)
+    lines = []
+    for file, shares in found.items():
+        likely = max(shares, key=shares.get)
+        lines.append([file, likely, shares[likely], *shares.values()])
+        say(f"{file}: {likely} {percent(shares[likely])}")
+    if args.out:
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["path", "class", "probability", *shares])
+        table.writerows(lines)
+        write_whole(args.out, text.getvalue().encode(errors="surrogateescape"))
     return found
 
+
+# ---- the script ---------------------------------------------------------------------
 
 def main(argv=None):
-    """Write the page of a run; returns a dict: page, network, test_accuracy, mistakes (a count),
-    reached ({class: probability}), beside, agreement. `predict`: its list."""
-    argv = words(argv)
-    if argv[:1] == ["predict"]:
-        return main_predict(argv[1:])
-    parser = Parser(description=__doc__, usage="%(prog)s RUN [--flag value ...]")
-    parser.add_argument("run", type=a_path, metavar="RUN",
+    """Write the page of a run, or print predictions; see make_page and predict."""
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
+    predicting = argv[:1] == ["predict"]
+    parser = Parser("%(prog)s [predict] RUN [IMAGE ...] [--flag value ...]",
+                    description=__doc__)
+    parser.add_argument("run", type=path, metavar="RUN",
                         help="a run's folder, or the best.pt in it")
-    parser.add_argument("--average", action="store_true", help="use the average of the weights")
-    parser.add_argument("--beside", type=a_path, metavar="RUN",
-                        help="another run to set beside; default: the teacher that config.json "
-                             "names")
-    parser.add_argument("--images", type=number(int, 1, 100), default=12, metavar="N",
-                        help="images, and classes, of a section (12)")
-    parser.add_argument("--seed", default=0, **FLAGS["training"]["seed"])
-    parser.add_argument("--data-dir", type=a_path, metavar="DIR",
-                        help="where the images lie; default: where they lay")
-    parser.add_argument("--device", default="auto", **FLAGS["run"]["device"])
-    parser.add_argument("--out", type=a_file, metavar="FILE",
-                        help="where to; default: look.html in the run's folder")
+    if predicting:
+        argv = argv[1:]
+        parser.add_argument("files", type=path, metavar="IMAGE", nargs="+",
+                            help="an image, or a folder of them")
+    else:
+        parser.add_argument("--beside", type=path, metavar="RUN",
+                            help="another run; default: the teacher of config.json")
+        parser.add_argument("--data-dir", type=path, metavar="DIR",
+                            help="where the images are; default: where they were")
+    parser.add_argument("--average", action="store_true", help="of the weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    parser.add_argument("--out", type=path, metavar="FILE",
+                        help="the page (RUN/look.html), or a CSV of predictions")
     args = parser.parse_args(argv)
-    with guard(args):
-        page, one, facts, why = build(args)
-    path = Path(args.out or one.file.parent / "look.html")
-    try:
-        write_whole(path, page.encode(errors="backslashreplace"))
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); give another --out FILE")
-    say(plain(f"page     {path}, {len(page) / 1e6:.1f} MB"))
-    say(f"test     {100 * facts['test_accuracy']:.2f} %, {facts['mistakes']} mistakes")
-    say(f"beside   {facts['beside']}, the same class on {100 * facts['agreement']:.2f} %"
-        if facts["beside"] else f"beside   none: {why}")
-    return dict(page=str(path), **facts)
+    with one_line_errors():
+        if predicting:
+            return show_predictions(args)
+        return make_page(args)
 
 
 if __name__ == "__main__":
-    launch(main)
+    main()

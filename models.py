@@ -1,25 +1,26 @@
-"""The networks: one ConvNet and one MLP, each built from a line of numbers in ARCHITECTURES.
+"""The networks: a plain ConvNet is a line of numbers in ARCHITECTURES. Checkpoints.
 
     net = models.build("cifar10-he-max-student", num_classes=10, image_shape=(3, 32, 32))
-    net(torch.zeros(8, 3, 32, 32))        # logits, (8, 10)
+    net(torch.zeros(8, 3, 32, 32))          # logits, (8, 10)
+    net.embed(torch.zeros(8, 3, 32, 32))    # input of the last Linear, (8, 256)
     models.count_parameters(net)
-
-What varies beside the widths is given by name: initialisation, pooling, activation, norm.
 """
+import hashlib
+import io
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import cards
-import device
-from cards import weights_sha256  # noqa: F401  the scripts take it from here
-from common import load_checkpoint
-from flags import fail
-from runs import refuse_version
+from recipes import fail, write_whole
 
-# A line a network. channels, kernels, paddings: a number for each conv, all of stride 1. pools:
-# the convs, counted from 1, that a 2×2 pool with stride 2 follows. hidden: widths of the fully
-# connected layers before the logits. A line without channels is an MLP.
+# A line a network: channels, kernels and paddings have a number for each conv, all of stride
+# 1; a 2×2 pool with stride 2 follows the convs named in pools, counted from 1; hidden are the
+# widths of the fully connected layers before the logits. An entry may also be a function
+# (image_shape, num_classes) -> Network, which has its own initial weights, pools and norm.
 ARCHITECTURES = {
     # Small enough for `make all` in minutes, far enough apart that there is something to distil.
     # A student with 32 hidden units dies on some seeds: all ReLUs off, accuracy at chance.
@@ -67,6 +68,7 @@ ARCHITECTURES |= {f"mlp-{layers}x{nodes}": dict(hidden=(nodes,) * layers)
                   for layers, nodes in ((a, b), (b, a))}
 
 
+
 class AHAF(nn.Module):
     """x·β·σ(γ·x), one β and one γ a layer, both learned; it starts as SiLU.
 
@@ -98,82 +100,81 @@ INITS = {
     "xavier": lambda gain, fan_in, fan_out: gain * (2 / (fan_in + fan_out)) ** 0.5,
     "xavier-gain1": lambda gain, fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5,
 }
-POOLS = {"max": nn.MaxPool2d, "avg": device.AvgPool2d}
+POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 NORMS = {"none": None, "batch": nn.BatchNorm2d}
-CHOICES = {"arch": ARCHITECTURES, "init": INITS, "pool": POOLS, "activation": ACTIVATIONS,
-           "norm": NORMS}
 
 
-class ConvNet(nn.Module):
-    """(conv → norm → activation → pool?)*, then (FC → activation)*, then the logits.
+# ---- networks -----------------------------------------------------------------------
 
-    `features` holds the convolutions (for an MLP: nothing), `classifier` the rest.
-    Input (B, C, H, W), normalised; output (B, classes).
+class Outputs(NamedTuple):
+    logits: torch.Tensor                    # (B, classes)
+    embedding: torch.Tensor | None = None   # (B, width), the input of the last Linear
+    maps: tuple = ()                        # of each stage, (B, C, H, W)
+
+
+class Network(nn.Module):
+    """features, then classifier, whose last layer is a Linear.
+
+    Input (B, C, H, W), normalised; output the logits, (B, classes), or Outputs.
     """
 
-    def __init__(self, image_shape, num_classes, hidden, channels=(), kernels=(), paddings=(),
-                 pools=(), pool="max", activation="relu", norm="none"):
+    def __init__(self, features, classifier):
         super().__init__()
-        act = ACTIVATIONS[activation][0]
-        inputs, height, width = image_shape
-        layers = []
-        for number, (outputs, k, p) in enumerate(zip(channels, kernels, paddings, strict=True), 1):
-            # A bias before BatchNorm would be subtracted again.
-            layers.append(nn.Conv2d(inputs, outputs, k, padding=p, bias=norm == "none"))
-            layers += [NORMS[norm](outputs)] if norm != "none" else []
-            layers.append(act())
-            inputs, height, width = outputs, height + 2 * p - k + 1, width + 2 * p - k + 1
-            if number in pools:
-                layers.append(POOLS[pool](2))
-                height, width = height // 2, width // 2
-            if min(height, width) < 1:
-                raise ValueError(f"images of {image_shape[1]}×{image_shape[2]} are too small for "
-                                 f"this network: nothing is left after conv {number}")
-        self.features = nn.Sequential(*layers)
-        inputs, layers = inputs * height * width, [nn.Flatten()]
-        for outputs in hidden:
-            layers += [nn.Linear(inputs, outputs), act()]
-            inputs = outputs
-        self.classifier = nn.Sequential(*layers, nn.Linear(inputs, num_classes))
+        self.features = features
+        self.classifier = classifier
 
-    def forward(self, x):
-        return self.classifier(self.features(x))
+    def forward(self, x, with_features=False):
+        if not with_features:
+            return self.classifier(self.features(x))
+        maps = self.maps(x)
+        embedding = self.classifier[:-1](maps[-1])
+        return Outputs(self.classifier[-1](embedding), embedding, tuple(maps))
 
+    def embed(self, x):
+        """Return the input of the last Linear, (B, width)."""
+        return self.classifier[:-1](self.features(x))
 
-def MLP(image_shape, num_classes, hidden, **options):
-    """A ConvNet without convolutions: the image flattened, then the fully connected layers."""
-    return ConvNet(image_shape, num_classes, hidden, **options)
+    def maps(self, x):
+        """Return what each stage puts out, a list of (B, C, H, W): before each pool, and at
+        the end of the features."""
+        found = []
+        for layer in self.features:
+            if isinstance(layer, tuple(POOLS.values())):
+                found.append(x)
+            x = layer(x)
+        return [*found, x]
 
 
-def build(arch, num_classes, image_shape, init="he", pool="max", activation="relu", norm="none"):
-    """Return the network ARCHITECTURES[arch] for images (C, H, W), initialised from torch's RNG.
+def conv_net(image_shape, num_classes, hidden, channels=(), kernels=(), paddings=(), pools=(),
+             pool="max", activation="relu", norm="none"):
+    """Return the Network of (conv → norm → activation → pool?)*, (FC → activation)*, FC.
 
-    Weights are normal with the deviation INITS[init] gives, biases zero. An unknown name, or an
-    image too small for the network or too large for memory, ends with one line and exit code 2.
+    Without channels it is an MLP: its features are empty. ValueError where images are too
+    small for the network.
     """
-    asked = {"arch": arch, "init": init, "pool": pool, "activation": activation, "norm": norm}
-    for flag, name in asked.items():
-        if name not in CHOICES[flag]:
-            fail(f"unknown {flag} {name!r}; choose from: {', '.join(CHOICES[flag])}")
-    asked |= dict(num_classes=num_classes, image_shape=image_shape)
-    try:
-        with torch.device("meta"):      # takes no memory
-            size = count_parameters(construct(**asked))
-    except ValueError as error:
-        fail(f"{error}; give a larger --image-size")
-    # Weight, gradient and Adam's two moments, of 4 bytes each.
-    device.refuse_beyond_memory(16 * size, f"training {arch}, of {size:,} parameters,",
-                                "give a smaller --image-size or another --arch")
-    return construct(**asked)
+    act = ACTIVATIONS[activation][0]
+    inputs, height, width = image_shape
+    layers = []
+    for number, (outputs, k, p) in enumerate(zip(channels, kernels, paddings, strict=True), 1):
+        # A bias before BatchNorm would be subtracted again.
+        layers.append(nn.Conv2d(inputs, outputs, k, padding=p, bias=norm == "none"))
+        if norm != "none":
+            layers.append(NORMS[norm](outputs))
+        layers.append(act())
+        inputs, height, width = outputs, height + 2 * p - k + 1, width + 2 * p - k + 1
+        if number in pools:
+            layers.append(POOLS[pool](2))
+            height, width = height // 2, width // 2
+        if min(height, width) < 1:
+            raise ValueError(f"images of {image_shape[1]}×{image_shape[2]} are too small for "
+                             f"this network: nothing is left after conv {number}")
+    features = nn.Sequential(*layers)
 
-
-def construct(arch, num_classes, image_shape, init, pool, activation, norm):
-    """Return the network of names that are known; ValueError where images are too small for it."""
-    spec = ARCHITECTURES[arch]
-    kind = ConvNet if "channels" in spec else MLP
-    model = kind(image_shape, num_classes, pool=pool, activation=activation, norm=norm, **spec)
-    initialise_(model, init, ACTIVATIONS[activation][1])
-    return model
+    inputs, layers = inputs * height * width, [nn.Flatten()]
+    for outputs in hidden:
+        layers += [nn.Linear(inputs, outputs), act()]
+        inputs = outputs
+    return Network(features, nn.Sequential(*layers, nn.Linear(inputs, num_classes)))
 
 
 def initialise_(model, init, gain):
@@ -187,47 +188,45 @@ def initialise_(model, init, gain):
                 nn.init.zeros_(layer.bias)
 
 
-def load(path, average=False):
-    """Return (network, card) of a best.pt: in eval mode, taking no gradient, on the CPU.
+def build(arch, num_classes, image_shape, init="he", pool="max", activation="relu", norm=None):
+    """Return the network ARCHITECTURES[arch] for images (C, H, W), on the CPU.
 
-    average: the average of the weights instead of the weights. card: classes, mean, std, build …
+    Weights are normal with the deviation that INITS[init] gives, drawn from torch's
+    generator, biases zero. norm None is the network's own, for a line of numbers none. An
+    unknown name, or an image too small for the network: one line, exit code 2.
     """
-    card = load_checkpoint(path)
-    if not isinstance(card, dict) or not {"build", "model", "classes", "mean", "std"} <= set(card):
-        fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
-    refuse_version(path, card, "train it again")
-    weights = card.get("ema") if average else card["model"]
-    if average and weights is None:
-        fail(f"{path}: holds no average: the run had --ema-decay 0")
-    wrong = cards.absurd(card, CHOICES)
-    try:        # no memory for what a file claims before its weights fit
-        with torch.device("meta"):
-            wrong = wrong or cards.unfit(weights, construct(**card["build"]).state_dict())
+    chosen = {"arch": (arch, ARCHITECTURES), "init": (init, INITS), "pool": (pool, POOLS),
+              "activation": (activation, ACTIVATIONS), "norm": (norm or "none", NORMS)}
+    for flag, (name, known) in chosen.items():
+        if name not in known:
+            fail(f"unknown {flag} {name!r}; choose from: {', '.join(known)}")
+    spec = ARCHITECTURES[arch]
+    try:
+        if callable(spec):
+            if (init, pool, activation, norm) != ("he", "max", "relu", None):
+                fail(f"--arch {arch} has its own initial weights, pools, activation and norm; "
+                     "leave out --init, --pool, --activation and --norm")
+            return spec(image_shape, num_classes)
+        model = conv_net(image_shape, num_classes, pool=pool, activation=activation,
+                         norm=norm or "none", **spec)
     except ValueError as error:
-        wrong = str(error)
-    if wrong:
-        fail(f"{path}: {wrong}; train it again")
-    network = construct(**card["build"])
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False), card
+        fail(f"{error}; give a larger --image-size")
+    initialise_(model, init, ACTIVATIONS[activation][1])
+    return model
 
 
-def take_weights_(model, weights):
-    """Copy all of a state dict that fits into a model; return the model's names that it lacks."""
-    mine = model.state_dict()
-    fit = {name: value for name, value in weights.items()
-           if name in mine and mine[name].shape == value.shape}
-    model.load_state_dict(fit, strict=False)
-    return [name for name in mine if name not in fit]
+def has_batchnorm(model):
+    """Return whether a network measures statistics of its batches."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def count_parameters(model):
-    """Number of learned scalars."""
+    """Return the number of learned scalars."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model, image_shape):
-    """Multiply-adds of the convs and fully connected layers for one image (C, H, W)."""
+    """Return the multiply-adds of all convs and linear layers for one image (C, H, W)."""
     counts = []
 
     def count(layer, inputs, output):
@@ -236,9 +235,87 @@ def count_macs(model, image_shape):
 
     hooks = [layer.register_forward_hook(count) for layer in model.modules()
              if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    held = {name: value.to("meta") for name, value in model.state_dict().items()}   # only shapes
+    training = model.training
     with torch.no_grad():
-        torch.func.functional_call(model, held, torch.zeros(2, *image_shape, device="meta"))
+        model.eval()(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    model.train(training)
     for hook in hooks:
         hook.remove()
     return sum(counts)
+
+
+# ---- checkpoints --------------------------------------------------------------------
+
+def save_checkpoint(path, state):
+    """Write tensors and plain values so that the file is as it was or whole."""
+    memory = io.BytesIO()
+    torch.save(state, memory)
+    write_whole(path, memory.getbuffer())
+
+
+def load_checkpoint(path):
+    """Return what save_checkpoint wrote, on the CPU; no code in the file is ever run."""
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder; give the best.pt in it" if path.is_dir() else "no such file"
+        fail(f"{path}: {what}")
+    try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()       # PyTorch does not look at the checksums
+    except Exception as error:      # flipped bits lead to many kinds
+        damaged = str(error) or type(error).__name__
+    if damaged:
+        fail(f"{path}: cut short, damaged, or not written by torch.save ({damaged}); take a "
+             "whole copy, or train it again with --overwrite")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # foreign files lead to many kinds
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {code[1]}" if code else type(error).__name__
+        fail(f"{path}: holds more than tensors and plain values ({reason}); nothing of it was "
+             "run; train it again, or save a state dict")
+
+
+def load(path, average=False):
+    """Return (network, checkpoint) of a best.pt: in eval mode, without gradient, on the CPU.
+
+    average: the average of the weights in place of the weights. The checkpoint says classes,
+    mean, std, and how the network is built.
+    """
+    checkpoint = load_checkpoint(path)
+    needed = {"build", "model", "classes", "mean", "std"}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
+        fail(f"{path}: not a best.pt of these scripts: it does not say how to build the network")
+    weights = checkpoint["ema"] if average else checkpoint["model"]
+    if weights is None:
+        fail(f"{path}: holds no average: the run had --ema-decay 0")
+    try:
+        network = build(**checkpoint["build"])
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = str(error).splitlines()
+        fail(f"{path}: its weights do not fit the network that it names ({lines[-1].strip()}); "
+             "train it again")
+    return network.eval().requires_grad_(False), checkpoint
+
+
+def take_weights_(model, weights):
+    """Copy all of a state dict that fits into a model; return the names that it lacks."""
+    mine = model.state_dict()
+    fits = {name: value for name, value in weights.items()
+            if name in mine and mine[name].shape == value.shape}
+    model.load_state_dict(fits, strict=False)
+    return [name for name in mine if name not in fits]
+
+
+def weights_sha256(weights):
+    """Return the SHA-256 of a state dict's names and values, whatever the file around them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+REGISTRIES = {"arch": ARCHITECTURES, "init": INITS, "pool": POOLS, "activation": ACTIVATIONS,
+              "norm": NORMS}

@@ -1,358 +1,261 @@
 """One script over a grid of settings and seeds: a table, a plot with intervals, the best row.
 
-    python report.py sweep --over alpha=0.1,0.5 --over temperature=1,4 --seeds 0,1,2 -- distill.py
-    python report.py sweep --over labels+epochs=500+281,all+12 -- train_student.py
+    python sweep.py --over alpha=0.1,0.5 --seeds 0,1,2 -- distill.py
+    python sweep.py --over alpha=0.1,0.5 --over temperature=1,4 -- distill.py
+    python sweep.py --over labels+epochs=500+281,all+12 -- train_student.py
+    python sweep.py --over 'noise="0.5,0,0.15,0","0,0,0,0"' -- distill.py
 
-Restartable: finished runs are kept, as every script keeps its own.
+Flags joined by + change together; a switch is on or off. After -- stands one of the training
+scripts, with the flags of all runs; {seed} in a value is the run's seed. Runs are in
+results/sweeps/NAME; the teachers of distill.py are the recipe's, of the same seed. The same
+command goes on where it was stopped.
 """
-from flags import (  # noqa: I001
-    RECIPES, Parser, fail, launch, plain, plain_name, say, settings)
 import argparse
 import contextlib
 import csv
 import importlib
 import io
 import itertools
-import re
-import textwrap
-import time
-from collections import Counter
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-import compare
-import files
-import runs
-from plots import OTHER_COLOURS, OTHER_LINES, TEXT, save
-from render import aligned, pipes
+import plots
+import report
+from recipes import Parser, fail, folder_name, one_line_errors, say, write_whole
 
 SCRIPTS = ("train_teacher.py", "train_student.py", "distill.py")
-OWN = {"seed": "--seeds", "run": "--name, of the sweep's folder", "results-dir": "it after the --",
-       "recipe": "it after the --", "resume": "nothing: a sweep goes on by itself",
-       "overwrite": "it after the --", "dry-run": "it after the --"}     # flag -> give instead
-OF_MAKE = {"DATASET", "DATA_DIR", "EPOCHS", "BATCH_SIZE", "LABELS", "VIEWS", "DEVICE", "PRECISION"}
-FIGURES = {"train_accuracy": "train", "val_accuracy": "validation", "test_accuracy": "test",
-           "ema_test_accuracy": "test, average"}
-SHORT = {"val_accuracy": "val %", "test_accuracy": "test %", "ema_test_accuracy": "average %"}
-NOTE = ("Mean over the seeds ± half of the 95 % interval (Student's t). Above the first row: "
-        "points of test accuracy, paired by seed; where the interval holds 0, they cannot tell. "
-        "Best: by validation.")
+FIGURES = ("val_accuracy", "test_accuracy", "ema_test_accuracy", "last_test_accuracy",
+           "learned", "parameters", "best_epoch", "epochs", "seconds")     # in sweep.csv
+COLUMNS = ("setting", "n", "test %", "above first [95 %]", "verdict", "validation %",
+           "test of average %", "parameters")
+ON_TERMINAL = 5         # columns
+ABOUT = ("dataset", "device", "precision", "epochs", "seed", "git_commit", "date")
+NOTE = ("Mean ± standard deviation over the seeds, of the best validation epoch. Above first: "
+        "points of test accuracy above the first row, paired by seed, with the 95 % interval "
+        "of Student's t.")
 
+
+# ---- the grid -----------------------------------------------------------------------
 
 def over(text):
-    """argparse type of --over: "alpha=0.1,0.5" -> ("alpha", ["0.1", "0.5"]). Flags that go together
-    are joined by +: "labels+epochs=500+281,all+12"."""
+    """argparse type of --over: "alpha=0.1,0.5" -> ("alpha", ["0.1", "0.5"])."""
     name, _, values = text.partition("=")
-    name, values = name.strip().lstrip("-"), [value.strip() for value in values.split(",")]
-    if not re.fullmatch(r"[a-z][a-z-]*(\+[a-z][a-z-]*)*", name) or not all(values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE,VALUE,…: alpha=0.1,0.5, say")
-    uneven = [value for value in values if "+" in name and value.count("+") != name.count("+")]
-    if uneven:
-        raise argparse.ArgumentTypeError(f"{text!r}: {uneven[0]!r} is not a value each of {name}")
-    if len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"{text!r} names a value twice")
-    for flag in OWN.keys() & set(name.split("+")):
-        raise argparse.ArgumentTypeError(f"{text!r}: no setting; give {OWN[flag]}")
+    # As in a CSV, quotes stand around a value that holds commas.
+    values = list(map(str.strip, next(csv.reader([values], skipinitialspace=True))))
+    name = name.strip().lstrip("-")
+    fits = all(value.count("+") >= name.count("+") for value in values)
+    if not values or not fits or name in ("", "seed", "run"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FLAG=VALUE,VALUE, as alpha=0.1,0.5 or labels+epochs=50+9,all+3; "
+            "seeds are given as --seeds")
     return name, values
 
 
-def single(names, values):
-    """Return flag -> value, of one setting; what is joined by +, apart."""
-    return {flag: one for name, value in zip(names, values, strict=True) for flag, one in zip(
-        name.split("+"), value.split("+") if "+" in name else [value], strict=True)}
-
-
-def whole_numbers(text):
-    """argparse type of --seeds."""
-    try:
-        seeds = [int(word) for word in re.split(r"[ ,]+", text.strip())]
-    except ValueError:
-        seeds = []
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, each once: 0,1,2, say")
-    return seeds
-
-
-def split(argv):
-    """Return (the sweep's own words, script, the script's words) of what stands before and after
-    the --."""
-    if "--" not in argv:
-        fail("sweep: after its flags it needs -- and a script: -- distill.py --recipe digits")
-    at = argv.index("--")
-    script, *words = argv[at + 1:] or [""]
-    if script not in SCRIPTS:
-        fail(f"sweep: {script!r} after -- is none of {', '.join(SCRIPTS)}")
-    for flag in {word.partition("=")[0] for word in words} & {"--seed", "--run"}:
-        fail(f"sweep: {flag} after the --: give {OWN[flag[2:]]} before it")
-    return argv[:at], script, words
-
-
-def first_look(words):
-    """Return what a script's words say of recipe, results, objective and teacher."""
-    parser = Parser(add_help=False)
-    for flag, default in (("recipe", "digits"), ("results-dir", "results"), ("objective", None),
-                          ("teacher", None)):
-        parser.add_argument(f"--{flag}", default=default)
-    early = parser.parse_known_args(words)[0]
-    if early.recipe not in RECIPES:
-        fail(f"--recipe {early.recipe}: choose from {', '.join(RECIPES)}")
-    early.objective = early.objective or settings(early.recipe, "student")["objective"]
-    return early
-
-
-def sweep(args, script, words):
-    """Run the grid; return {"rows": one a setting, "best": the best by validation}."""
-    main = importlib.import_module(script.removesuffix(".py")).main
-    if {"-h", "--help"} & {*words}:
-        main(["--help"])
-    early = first_look(words)
-    names = [name for name, _ in args.over]
-    flags = [flag for name in names for flag in name.split("+")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            fail(f"sweep: --over names {flag} more than once; give all of its values in one")
-        if {f"--{flag}", f"--no-{flag}"} & {word.partition("=")[0] for word in words}:
-            made = flag.upper().replace("-", "_")
-            made = f" (of make: {made}=)" if made in OF_MAKE else ""
-            fail(f"sweep: --{flag} after the --{made}, too: leave it out, --over sets it")
-    name = "-".join([script.removesuffix(".py"), *names]) if args.name is None else args.name
-    name = plain_name("--name", name)
-    folder = Path(early.results_dir) / "sweeps" / name
-    grid = list(itertools.product(*(values for _, values in args.over)))
-    plan = [(seed, values, *command(early, script, single(names, values), seed))
-            for seed in args.seeds for values in grid]
-    for run, count in Counter(run for _, _, run, _ in plan).items():
-        if count > 1:
-            fail(f"sweep: two values would have one run, {run}: their paths have to differ in the "
-                 "name of the folder, or of the run")
-    shared, started = [*words, "--results-dir", str(folder), "--resume"], time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):     # a wrong value is told before hours of runs
-        for _, _, _, line in plan[:len(grid)]:
-            main([*shared, *line, "--dry-run"])
-    found = {}
-    for done, (seed, values, run, line) in enumerate(plan, 1):
-        say(f"== {done}/{len(plan)}: {run}")
-        try:
-            final = main([*shared, *line])
-        except SystemExit as error:
-            if error.code != 3:
-                raise
-            final = None        # its loss was not finite, as the line on stderr says
-        if final and "learned" in final:
-            final = final | trained(folder / early.recipe / run, final)
-        found.setdefault(values, {})[seed] = final
-    if any(final and "learned" not in final for row in found.values() for final in row.values()):
-        return {"rows": [], "best": None, "folder": str(folder)}        # a dry run
-    rows = [summary(names, values, finals, found[grid[0]]) for values, finals in found.items()]
-    data = {final["data"] for finals in found.values() for final in finals.values() if final}
-    known = [row for row in rows if row["learned"] and row["val_accuracy"] is not None
-             and len(data) == 1]        # of other images none is the best
-    best = max(known, key=lambda row: row["val_accuracy"][0], default=None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.SUMS).unlink(missing_ok=True)
-    write_csv(folder / "sweep.csv", names, found)
-    draw(folder / "sweep.png", names, args.over, rows, f"{script} {' '.join(words)}")
-    made = [folder / early.recipe / run for _, _, run, _ in plan]
-    text = table(names, rows, best) + about(made, script, words)
-    files.write_whole(folder / "sweep.md", text.encode())
-    runs.sum_sweep(folder)
-    print(f"\n{terminal(names, rows, best)}\n\n{folder}/sweep.csv, sweep.md, sweep.png; "
-          f"{time.perf_counter() - started:.0f} s")
-    return {"rows": rows, "best": best, "folder": str(folder)}
-
-
-def command(early, script, setting, seed):
-    """Return (name of the run, the words that make it) of one setting and seed."""
-    setting = {flag: value.replace("{seed}", str(seed)) for flag, value in setting.items()}
-    run = ",".join(f"{flag}={last(value)}" for flag, value in setting.items()) + f"-s{seed}"
-    line = ["--seed", str(seed), "--run", run]
-    for flag, value in setting.items():
-        line += [f"--{flag}", value]
-    objective = setting.get("objective", early.objective)
-    if script == "distill.py" and objective != "consistency" and not (
-            early.teacher or "teacher" in setting):
-        teacher = Path(early.results_dir, early.recipe, f"teacher-s{seed}", "best.pt")
-        if not teacher.exists():
-            fail(f"{teacher}: no such file; make it with `python train_teacher.py --recipe "
-                 f"{early.recipe} --seed {seed}`, or give --teacher after the --")
-        line += ["--teacher", str(teacher)]
-    return run, line
-
-
-def trained(folder, final):
-    """Return a run's accuracy on its train images, as augmented, in its best epoch, and its data;
-    a file that is not as the run left it is refused."""
-    run = compare.read_run(folder)
-    return dict(train_accuracy=run["history"][final["best_epoch"] - 1]["train_accuracy"],
-                data=run["config"].get("data_key"))
-
-
-def summary(names, values, finals, first):
-    """One row: the settings, seeds, and each figure as (mean, low, high): its 95 % interval; and
-    how far its test accuracy is above the first row's, seed by seed. finals: seed -> final.json, or
-    None where the loss was not finite."""
-    known = {seed: final for seed, final in finals.items() if final}
-    row = dict(zip(names, values, strict=True)) | dict(
-        seeds=list(known), failed=[seed for seed in finals if seed not in known],
-        learned=len(known) == len(finals) and all(final["learned"] for final in known.values()),
-        silent=[seed for seed, final in known.items() if not final["learned"]],
-        parameters=next((final["parameters"] for final in known.values()), None),
-        tests={seed: final["test_accuracy"] for seed, final in known.items()})
-    for figure in FIGURES:
-        each = [final.get(figure) for final in known.values()]
-        row[figure] = None if None in each or not each else compare.interval(each)
-    fair = finals is not first and row["learned"] and all(
-        final and final["learned"] and final["data"] == finals[seed]["data"]
-        for seed, final in first.items())
-    row["above_first"] = compare.interval([final["test_accuracy"] - first[seed]["test_accuracy"]
-                                           for seed, final in known.items()]) if fair else None
-    return row
-
-
-def write_csv(path, names, found):
-    """One line a run: settings, seed, accuracies, seconds."""
-    keys = (*FIGURES, "last_test_accuracy", "learned", "parameters", "best_epoch", "epochs",
-            "seconds")
-    text = io.StringIO(newline="")
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow([*names, "seed", *keys])
-    for values, finals in found.items():
-        for seed, final in finals.items():
-            final = final or dict(dict.fromkeys(keys), learned=False)
-            lines.writerow([*values, seed, *(final[key] for key in keys)])
-    files.write_whole(path, text.getvalue().encode())
-
-
-def last(value):
-    """Return a value as a name shows it: of a teacher's file its run, of a folder its name."""
-    path = Path(value).absolute()       # ./ has no name of its own
-    return value if "/" not in value else (path.parent if path.suffix == ".pt" else path).name
+def seed_list(text):
+    """argparse type of --seeds: "0,1,2", or "0 1 2"."""
+    words = text.replace(",", " ").split()
+    if not words or not all(map(str.isdecimal, words)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds, as 0,1,2")
+    return sorted(set(map(int, words)))
 
 
 def title(value):
-    """Return a value as a table shows it."""
-    return last(value).removesuffix("-s{seed}")
+    """Return a value as names show it: of a teacher's file its run, of a folder its name."""
+    path = Path(value).absolute()       # ./ has no name of its own
+    name = path.parent.name if path.suffix == ".pt" else path.name
+    return name.removesuffix("-s{seed}")
 
 
-def percent(figure, sign=""):
-    if figure is None:
-        return "-"
-    centre, low, _ = figure
-    return f"{100 * centre:{sign}.2f}" + ("" if low is None else f" ± {100 * (centre - low):.2f}")
+def flags_of(names, values):
+    """Return (setting, as "alpha=0.1,temperature=4", its flags as words)."""
+    shown, words = [], []
+    for name, value in zip(names, values, strict=True):
+        parts = value.split("+", name.count("+"))
+        for flag, part in zip(name.split("+"), parts, strict=True):
+            shown.append(f"{flag}={title(part)}")
+            switch = {"on": f"--{flag}", "off": f"--no-{flag}"}
+            words.append(switch.get(part, f"--{flag}={part}"))
+    return ",".join(shown), words
 
 
-def table(names, rows, best):
-    """The rows as Markdown; the best by validation is marked."""
-    shown = [figure for figure in FIGURES if any(row[figure] for row in rows)]
-    header = [*names, "n", "parameters", *(f"{FIGURES[figure]} %" for figure in shown),
-              "test above the first row's", ""]
-    lines = []
-    for row in rows:
-        lines.append([*(title(row[name]) for name in names), str(len(row["seeds"])),
-                      "-" if row["parameters"] is None else f"{row['parameters']:,}",
-                      *(percent(row[figure]) for figure in shown),
-                      percent(row["above_first"], "+"), mark(row, best)])
-    return f"{pipes(header, lines)}\n\n{NOTE}\n"
+def check(script, line, seed):
+    """Check a run by a dry run; return (results_dir, words that name the recipe's teacher)."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = script.main([*line, "--dry-run"])
+    root, words = Path(config["results_dir"]), []
+    # The run will not lie beside the teacher of the recipe.
+    if config.get("teacher_sha256") and not config["teacher"]:
+        words = ["--teacher", str(root / config["recipe"] / f"teacher-s{seed}" / "best.pt")]
+    return root, words
 
 
-def mark(row, best):
-    """What is said of a row at its end."""
-    if row["failed"]:
-        return "not finite: seed " + ", ".join(map(str, row["failed"]))
+# ---- the runs -----------------------------------------------------------------------
+
+def make_run(script, words, folder):
+    """Make a run, or go on with it; return {its seed: report.read_run}, {} if it diverged."""
+    try:
+        final = script.main([*words, "--results-dir", str(folder), "--resume"])
+    except SystemExit as error:
+        if error.code != 3:
+            raise
+        return {}
+    run = report.read_run(folder / final["recipe"] / final["run"])
+    run["config"]["teacher_sha256"] = None      # settings with other teachers are compared
+    return {final["seed"]: run}
+
+
+def pick_best(rows, count):
+    """Return the setting of highest validation accuracy; count: seeds that it has to have."""
+    known = {}
+    for setting, row in rows.items():
+        score = row["val_accuracy"]["mean"]
+        whole = row["learned"] and len(row["seeds"]) == count
+        if score and whole and not row["prefix"]:
+            known[setting] = score
+    return max(known, key=known.get, default=None)
+
+
+# ---- what is written ----------------------------------------------------------------
+
+def write_csv(file, names, grid, runs):
+    """Write one line a finished run: setting, seed, FIGURES."""
+    text = io.StringIO(newline="")
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow([*names, "seed", *FIGURES])
+    for setting, values in grid.items():
+        for seed, run in runs[setting].items():
+            lines.writerow([*values, seed, *map(run["final"].get, FIGURES)])
+    write_whole(file, text.getvalue().encode())
+
+
+def table_line(setting, rows, first, count):
+    """Return what COLUMNS say of a setting.
+
+    first: the setting that it is compared with. count: the seeds that it should have.
+    """
+    if setting not in rows:
+        return [setting, "0", "-", "-", "diverged", "-", "-", "-"]
+    row, above, verdict = rows[setting], "-", "-"
+    if first in rows and setting != first:
+        found = report.difference(row, rows[first], "test_accuracy")
+        above, verdict = report.points(found), found["verdict"]
+    n = len(row["seeds"])
     if row["silent"]:
-        some = len(row["silent"]) < len(row["seeds"])
-        return "learned nothing" + some * f": seed {', '.join(map(str, row['silent']))}"
-    return "best by validation" * (row is best)
+        verdict = f"{len(row['silent'])} learned nothing"
+    if n < count:
+        verdict = f"{count - n} diverged"
+    average = rows.get(f"{setting}/average", {})
+    return [
+        setting,
+        str(n),
+        report.percent(row["test_accuracy"]),
+        above,
+        verdict,
+        report.percent(row["val_accuracy"]),
+        report.percent(average.get("test_accuracy")),
+        report.count(row["parameters"]["mean"]),
+    ]
 
 
-def terminal(names, rows, best):
-    """The same in 80 columns."""
-    shown = [figure for figure in SHORT if any(row[figure] for row in rows)]
-    lines = [[*names, *(SHORT[figure] for figure in shown), "above first", ""]]
-    for row in rows:
-        lines.append([*(title(row[name]) for name in names),
-                      *(percent(row[figure]) for figure in shown), percent(row["above_first"], "+"),
-                      mark(row, best).removesuffix(" by validation")])
-    if sum(max(map(len, column)) + 1 for column in zip(*lines, strict=True)) > 81:
-        settings = [", ".join(line[:len(names)]) for line in lines]     # on lines of their own
-        text = aligned([["", *line[len(names):]] for line in lines]).splitlines()
-        text = "\n".join(f"{a}\n {b}" for a, b in zip(settings, text, strict=True))
-    else:
-        text = aligned(lines)
-    return f"{text}\n\n{textwrap.fill(NOTE, 80)}"
-
-
-def about(folders, script, words):
-    """What all of the sweep's runs have in common, or how they differ, in a line."""
-    configs = [files.read_json(folder / "config.json") for folder in folders]
+def about(runs):
+    """Return what the runs have in common, or how they differ, in a line."""
     told = []
-    for title, key in (("data set", "dataset"), ("device", "device"), ("precision", "precision"),
-                       ("epochs", "epochs"), ("seeds", "seed"), ("commit", "git_commit"),
-                       ("date", "date")):
-        values = sorted({config.get(key, "unknown") for config in configs},
-                        key=lambda value: (type(value) is not int, str(value).zfill(9)))
-        told.append(f"{title} {', '.join(runs.short(v)[:20] for v in values)}")
-    told = plain(f"`{script} {' '.join(words)}`: best validation epoch; {'; '.join(told)}.")
-    return f"\n{told}\n"
+    for key in ABOUT:
+        values = set()
+        for members in runs.values():
+            values |= {str(run["config"][key]) for run in members.values()}
+        told.append(f"{key} {', '.join(sorted(values))}")
+    return "; ".join(told)
 
 
-def draw(path, names, grids, rows, heading):
-    """Test accuracy over the first setting, a line for each value of the others, with intervals.
-    Evenly spaced: the values may be words, or go by powers."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    places = {value: place for place, value in enumerate(grids[0][1])}
-    ordered = all(re.search(r"(^|=)[\d.]|^all", title(value)) for value in places)
-    lines, silent = {}, []
-    for row in rows:
-        lines.setdefault(tuple(row[name] for name in names[1:]), []).append(row)
-    for number, (others, members) in enumerate(lines.items()):
-        for figure_name, filled in (("test_accuracy", True), ("ema_test_accuracy", False)):
-            shown = [row for row in members if row[figure_name] is not None]
-            if not shown:
-                continue
-            side = number - (len(lines) - 1) / 2 + (0 if filled else 0.7)      # bars side by side
-            x = [places[row[names[0]]] + 0.08 * side for row in shown]
-            y = [100 * row[figure_name][0] for row in shown]
-            half = [0 if low is None else 100 * (mid - low)
-                    for mid, low, _ in (row[figure_name] for row in shown)]
-            silent += [point for *point, row in zip(x, y, shown, strict=True)
-                       if filled and not row["learned"]]
-            label = ", ".join(f"{n} {v}" for n, v in zip(names[1:], others, strict=True))
-            label = f"{label or 'test'}{'' if filled else ', average'}"
-            colour = OTHER_COLOURS[number % len(OTHER_COLOURS)] if others else "#0072B2"
-            axes.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=label,
-                          linestyle="none" if not ordered else OTHER_LINES[
-                              number % len(OTHER_LINES)] if others else "-" if filled else "--",
-                          markerfacecolor=colour if filled else "white")
-    # Pairs, behind: where all seeds rise together, the setting does it.
-    for seed in rows[0]["tests"] if len(lines) == 1 and ordered else ():
-        pairs = [(place, row["tests"][seed]) for place, row in enumerate(rows)
-                 if seed in row["tests"]]
-        axes.plot([place for place, _ in pairs], [100 * value for _, value in pairs],
-                  color="#B0B0B0", linewidth=0.8, zorder=0, label="_")
-    if silent:
-        axes.plot(*zip(*silent, strict=True), "x", color="black", markersize=11, markeredgewidth=2,
-                  label="learned nothing")
-    shown = list(map(title, places))
-    long = sum(map(len, shown)) > 60
-    axes.set_xticks(range(len(places)), shown, rotation=35 if long else 0,
-                    ha="right" if long else "center")
-    axes.set_xlabel(names[0], fontsize=TEXT)
-    axes.set_ylabel("test accuracy (%), best validation epoch", fontsize=TEXT)
-    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        axes.legend(frameon=False, fontsize=TEXT - 1)
-    seeds = max(len(row["seeds"]) for row in rows)
-    each = "; grey: each seed" * (len(lines) == 1 and ordered)
-    note = f"bars: 95 % interval of {seeds} seeds{each}" if seeds > 1 else "one seed: no interval"
-    axes.set_title(f"{textwrap.fill(plain(heading), 78)}\n{note}", fontsize=TEXT, parse_math=False)
-    save(figure, path)
+@plots.defaults()
+def draw(file, names, grid, rows):
+    """Draw test accuracy over the first setting, a line for each value of the others."""
+    axes = plots.new_figure(9, 5).subplots()
+    lines = {}
+    for setting, values in grid.items():
+        first, *others = map(title, values)
+        if setting in rows:
+            centre, low, _ = report.interval(rows[setting]["test_accuracy"]["values"])
+            half = 0 if low is None else centre - low
+            points = lines.setdefault(", ".join(others), [])
+            points.append((first, 100 * centre, 100 * half))
+    for number, (label, points) in enumerate(lines.items()):
+        x, y, half = zip(*points, strict=True)      # x: words, which stand evenly spaced
+        colour, line = plots.style(None, number)
+        axes.errorbar(x, y, half, color=colour, linestyle=line, marker="o", capsize=3,
+                      label=label)
+    axes.set(xlabel=names[0], ylabel="test accuracy (%), mean and 95 % interval")
+    axes.grid(axis="y")
+    if len(names) > 1:
+        axes.legend(title=", ".join(names[1:]))
+    plots.save(axes.figure, file)
+
+
+def write(folder, names, grid, runs, args):
+    """Write the files of a sweep, print its table; return what main returns.
+
+    grid: setting -> its values. runs: setting -> {seed: run}.
+    """
+    rows = report.make_rows(runs)
+    first, count = next(iter(grid)), len(args.seeds)
+    best = pick_best(rows, count)
+    lines = [table_line(setting, rows, first, count) for setting in grid]
+    command = f"{args.script} {' '.join(args.words)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "sweep.csv", names, grid, runs)
+    draw(folder / "sweep.png", names, grid, rows)
+    best_line = f"Best by validation: {best}."
+    text = report.pipes(COLUMNS, lines)
+    text += f"\n\n{NOTE} {best_line}\n\n`{command}`: {about(runs)}.\n"
+    write_whole(folder / "sweep.md", text.encode())
+    narrow = [line[:ON_TERMINAL] for line in (COLUMNS, *lines)]
+    say(f"\n{report.aligned(narrow)}\n\n{best_line}\n{folder}/sweep.csv, sweep.md, sweep.png")
+    return {"rows": rows, "best": best, "folder": str(folder)}
+
+
+# ---- the script ---------------------------------------------------------------------
+
+def sweep(args, script):
+    """Check the settings, make the runs, write what they say; script: a module."""
+    names, grids = zip(*args.over, strict=True)
+    name = folder_name("--name", args.name or "-".join([script.__name__, *names]))
+    grid, planned = {}, []
+    for values in itertools.product(*grids):        # a wrong value is told before hours
+        setting, flags = flags_of(names, values)
+        if setting in grid:
+            fail(f"two settings are called {setting}: give paths whose last parts differ")
+        grid[setting] = values
+        for seed in args.seeds:
+            line = [word.replace("{seed}", str(seed)) for word in (*args.words, *flags)]
+            line += ["--seed", str(seed), "--run", f"{setting}-s{seed}"]
+            root, teacher = check(script, line, seed)
+            planned.append((setting, line + teacher))
+    if "--dry-run" in args.words:
+        say("dry run: all runs were checked, none was made")
+        return {}
+
+    folder, runs = root / "sweeps" / name, {setting: {} for setting in grid}
+    for number, (setting, line) in enumerate(planned, 1):
+        say(f"== {number}/{len(planned)}: {setting}")
+        runs[setting].update(make_run(script, line, folder))
+    return write(folder, names, grid, runs, args)
+
+
+def main(argv=None):
+    """Run a sweep; return {"rows", "best" (the best setting by validation), "folder"}."""
+    parser = Parser("%(prog)s --over FLAG=VALUE,... [--flag value ...] -- SCRIPT [...]",
+                    description=__doc__)
+    parser.add_argument("--over", type=over, action="append", required=True,
+                        metavar="FLAG=VALUE,...", help="a flag of the script and its values")
+    parser.add_argument("--seeds", type=seed_list, default=[0], metavar="LIST",
+                        help="of each setting: 0,1,2 say (0)")
+    parser.add_argument("--name", help="of the folder; default: the script and the flags")
+    parser.add_argument("script", choices=SCRIPTS, metavar="SCRIPT", help=", ".join(SCRIPTS))
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="flags of all runs")
+    args = parser.parse_args(argv)
+    with one_line_errors("the same command goes on where this one stopped"):
+        return sweep(args, importlib.import_module(Path(args.script).stem))
 
 
 if __name__ == "__main__":
-    launch(lambda: fail("sweep.py: a command of report.py; give: python report.py sweep …"))
+    main()

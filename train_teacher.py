@@ -1,9 +1,9 @@
-"""Train the teacher alone, on the labels. The same loop as the student's, with a bigger network.
+"""Train the teacher alone, on the labels: the student's loop, with a bigger network.
 
-    python train_teacher.py                                       the embedded digits, in a minute
-    python train_teacher.py --recipe cifar10-he-max --dataset folder --data-dir data/cifar10
+    python train_teacher.py                 the embedded digits, in a minute
+    python train_teacher.py --recipe cifar10-he-max
+    python train_teacher.py --dataset folder --data-dir PHOTOS
 """
-from flags import launch  # noqa: I001  first: it answers Ctrl-C while PyTorch loads
 import train_student
 
 
@@ -12,4 +12,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    main()

@@ -1,13 +1,10 @@
 """Fixtures of all tests. Nothing here or below writes into the checkout: all goes to tmp_path."""
-import io
 import re
 import sys
 import tarfile
 from collections import Counter
-from hashlib import md5
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,16 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # pytest alo
 import tiny  # noqa: E402
 
 import digits  # noqa: E402
-import download  # noqa: E402
-
-
-def pytest_make_parametrize_id(val, argname):
-    """Name a test by a word, not by an archive's bytes, which hold the time: pytest-xdist could not
-    tell that two processes have the same tests."""
-    return argname if isinstance(val, bytes) else None
-
+import plots  # noqa: E402
 
 torch.set_num_threads(1)        # these networks are so small that threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Drawing the curves takes longer than a tiny run; a test that wants them draws them."""
+    monkeypatch.setattr(plots, "draw_curves", lambda *args, **options: None)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +41,11 @@ def chain(easy, tmp_path_factory):
     """The six runs of `make all` on the easy folder: (results folder, {run: final dict}). Read
     only: a test that runs something takes a folder of its own."""
     results = tmp_path_factory.mktemp("results")
-    return results, {name: tiny.run(script, easy, results, *flags, epochs=tiny.ENOUGH)
-                     for name, (script, flags) in tiny.SIX.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw_curves", lambda *args, **options: None)
+        finals = {name: tiny.run(script, easy, results, *flags, epochs=tiny.ENOUGH)
+                  for name, (script, flags) in tiny.SIX.items()}
+    return results, finals
 
 
 @pytest.fixture
@@ -55,8 +54,6 @@ def results(chain, tmp_path):
     return tiny.copy_teacher(chain[0], tmp_path / "results")
 
 
-# ---- published sets: small files of the same formats, and some of the real images -------------
-
 @pytest.fixture
 def few_digits(monkeypatch):
     """The digits, but 100 and 50 of them."""
@@ -64,54 +61,17 @@ def few_digits(monkeypatch):
                         lambda: {"train": digits.render(100, 0), "test": digits.render(50, 1)})
 
 
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def place(monkeypatch, root):
-    """Put a set's files into root, as a user does by hand, and publish their checksums."""
-    def put(name, **files):
-        for file, body in files.items():
-            (root / file).write_bytes(body)
-        monkeypatch.setitem(download.FILES, name, tuple(
-            download.File(file, len(body), md5(body).hexdigest(), ("http://127.0.0.1:9/",))
-            for file, body in files.items()))
-    return put
-
-
-@pytest.fixture
-def svhn(place, monkeypatch):
-    """Place three small .mat files: {part: (images, the file's labels 1 to 10)}."""
-    import scipy.io  # slow to import, and few tests need them
-    import torchvision.datasets
-
-    parts = {name: (tiny.images(n, n), np.arange(n) % 10 + 1)
-             for name, n in (("train", 60), ("test", 20), ("extra", 40))}
-    split_list, files = {}, {}
-    for name, (pictures, labels) in parts.items():
-        made = io.BytesIO()
-        scipy.io.savemat(made, {"X": pictures.transpose(1, 2, 3, 0),
-                                "y": labels.astype(np.uint8)[:, None]}, do_compression=True)
-        file, body = f"{name}_32x32.mat", made.getvalue()
-        files[file], split_list[name] = body, ["", file, md5(body).hexdigest()]
-    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", split_list)
-    place("svhn-extra", **files)
-    place("svhn", **{file: body for file, body in files.items() if "extra" not in file})
-    return parts
-
+# ---- some of the real images --------------------------------------------------------
 
 def shared(name):
     if not (tiny.SHARED / name).exists():
-        pytest.skip(f"{tiny.SHARED / name} is not there")
+        pytest.skip(f"{name} is not there: real images are tested where the archives lie")
     return tiny.SHARED / name
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """The first 40 train and 10 test images of each class."""
+    """The first 40 train and 10 test images of each class of CIFAR-10."""
     path = shared("cifar10-jpeg.tar.xz")
     root, counts = tmp_path_factory.mktemp("photographs"), Counter()
     with tarfile.open(path, "r|xz") as archive:

@@ -2,7 +2,7 @@
 
     python tests/same_bits.py OLD_TREE [NEW_TREE]           NEW_TREE: this one
     python tests/same_bits.py OLD_TREE --only kd kd-cache
-    python tests/same_bits.py OLD_TREE --keep DIR           the next call runs only NEW_TREE
+    python tests/same_bits.py OLD_TREE --keep DIR           next time only NEW_TREE is run
 
 Every training runs as a user starts it, on one thread of the CPU, with its settings
 typed. Weights, optimizer states, metrics.csv without its clocks, and the accuracies of
@@ -242,15 +242,13 @@ def main():
                         default=list(TRAININGS), help=", ".join(TRAININGS))
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     parser.add_argument("--keep", type=Path, metavar="DIR",
-                        help="keep the results there; OLD_TREE's are not made again")
+                        help="keep OLD_TREE's results there, for the next call")
     args = parser.parse_args()
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        place = args.keep or Path(temporary)
-        shutil.rmtree(place / "same-bits-new", ignore_errors=True)
-        old = Tree(args.old, place / "same-bits-old")
-        new = Tree(args.new, place / "same-bits-new")
+        old = Tree(args.old, args.keep or Path(temporary, "old"))
+        new = Tree(args.new, Path(temporary, "new"))
         right = run_and_compare(old, new, args.only, args.jobs)
     print(f"{right} of {len(args.only)} agree, {time.perf_counter() - started:.0f} s")
     return 0 if right == len(args.only) else 1

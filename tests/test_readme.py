@@ -1,111 +1,72 @@
-"""The README, taken at its word: its commands run, made tiny; tables and links are not stale."""
-import importlib
+"""What the README says: its table is what is published, its links and losses are there."""
+import json
 import re
-import shlex
-import subprocess
-import sys
 
-import pytest
 import tiny
-from tiny import ROOT, make
 
-import report
+import data
+import distill
+import models
+import recipes
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-PYTHON = [line for line in LINES if re.match(r"python \w+\.py", line)]
-MAKE = [line for line in LINES + re.findall(r"`(make [^`]*)`", README)
-        if line.startswith("make ")]
-TRAINING = {"train_teacher", "train_student", "distill"}
+README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+PUBLISHED = tiny.ROOT / "results" / "published"
 
 
-def test_there_are_commands_to_try():
-    assert len(PYTHON) >= 10 and len(MAKE) >= 4
+def published(recipe):
+    return json.loads((PUBLISHED / recipe / "report.json").read_text(encoding="utf-8"))
 
 
-def test_every_python_command_runs(easy, chain, tmp_path, monkeypatch, capsys):
-    """In the README's order, in one folder, as a reader types them."""
-    tiny.copy_teacher(chain[0], tmp_path / "results")
-    monkeypatch.chdir(tmp_path)
-    picture = next((easy / "test" / "red").iterdir())
-    (tmp_path / "photo.png").write_bytes(picture.read_bytes())
-    done = set()
-    for line in PYTHON:
-        script, *words = shlex.split(line.replace("DIR", shlex.quote(str(easy))))[1:]
-        script = script.removesuffix(".py")
-        if line in done:
-            continue
-        done.add(line)
-        if script in TRAINING:
-            words += tiny.words(easy, tmp_path / "results", epochs=1)
-            words.append("--resume" if script != "train_teacher" else "--overwrite")
-        if "sweep" in words:
-            words += tiny.words(easy, tmp_path / "results", epochs=1)
-        if script == "data":
-            words += ["--image-size", "16", "--out", str(tmp_path / "grid.png")]
-        result = importlib.import_module(script).main(words)
-        assert result, line
-    capsys.readouterr()
-    assert (tmp_path / "results/digits/kd-s0/final.json").exists()
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_make_command_names_a_target():
-    for line in MAKE:
-        words = shlex.split(line.replace("`", ""))[1:]
-        dry = make("-n", *words, "VENV=", f"PYTHON={sys.executable}")
-        assert dry.returncode == 0, f"{line}: {dry.stderr}"
+def test_the_table_is_what_is_published():
+    lines = README[README.index("| run | parameters | test % |"):].split("\n\n")[0].splitlines()
+    rows = {row["label"]: row for row in published("digits")["rows"]}
+    assert [cells(line)[0] for line in lines[2:]] == list(rows)
+    for name, parameters, test, seconds in map(cells, lines[2:]):
+        row = rows[name]
+        assert parameters == f"{row['parameters']['mean'] / 1e3:.3g} k"
+        accuracy = row["test_accuracy"]
+        assert test == f"{100 * accuracy['mean']:.2f} ±{100 * accuracy['sd']:.2f}"
+        assert seconds == f"{row['seconds']['mean']:.0f}"
 
 
-def test_make_all(easy, tmp_path):
-    """The whole chain as subprocesses; then kept, and refused where a variable differs."""
-    flags = "--image-size 16 --batch-size 16 --lr 0.01 --val-fraction 0.25 --precision fp32"
-    words = ["VENV=", f"PYTHON={sys.executable}", f"RESULTS={tmp_path}", "DATASET=folder",
-             f"DATA_DIR={easy}", f"FLAGS={flags}", "DEVICE=cpu"]
-    ran = make("all", *words, f"EPOCHS={tiny.ENOUGH}")
-    assert ran.returncode == 0, ran.stderr
-    finished = {path.parent.name for path in tmp_path.glob("digits/*/final.json")}
-    assert finished == set(tiny.SIX)
-    shown = ran.stdout.splitlines()
-    assert shown[-1].endswith("comparison.png") and shown[-2].endswith("report.md")
-    table = shown[-40:]
-    for label in ("teacher", "student alone", "kd", "kd-only", "mean teacher, student",
-                  "mean teacher, average", "mean teacher, no EMA"):
-        assert any(line.startswith(label + " ") for line in table), label
-    assert all(len(line) <= 80 for line in shown if not line.startswith(sys.executable)
-               and str(tmp_path) not in line)
-
-    kept = make("student", *words, f"EPOCHS={tiny.ENOUGH}")
-    assert kept.returncode == 0 and "kept" in kept.stdout
-    refused = make("student", *words, "EPOCHS=1")
-    assert refused.returncode != 0
-    assert f"epochs {tiny.ENOUGH} (asked for: 1)" in refused.stderr
+def test_the_differences_are_what_is_published():
+    said = re.findall(r"\+([\d.]+)\s(?:points\s)?\[([+−][\d.]+), \+([\d.]+)\]",
+                      README.replace("\n", " "))
+    known = set()
+    for recipe in ("digits", "cifar10-he-max", "cifar10-xavier-avg", "digits-500-labels"):
+        for entry in published(recipe)["comparisons"]:
+            best = entry["best"]
+            if best["mean"] is not None and best["low"] is not None:
+                known.add((f"{best['mean']:.2f}", f"{best['low']:+.2f}".replace("-", "−"),
+                           f"{best['high']:.2f}"))
+    assert len(said) >= 3
+    for mean, low, high in said:
+        assert (mean, low, high) in known, (mean, low, high)
 
 
-def test_make_clean_spares_what_is_published(tmp_path):
-    for folder in ("results/published/digits", "results/digits", ".venv"):
-        (tmp_path / folder).mkdir(parents=True)
-    ran = subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path,
-                         capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "results/published/digits").is_dir()
-    assert not (tmp_path / "results/digits").exists() and not (tmp_path / ".venv").exists()
+def test_links_lead_somewhere():
+    for place in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (tiny.ROOT / place).exists(), place
 
 
-def test_make_help_names_every_target():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^([a-z-]+):", makefile, re.M)
-    shown = make("help").stdout
-    for target in targets:
-        assert re.search(rf"^  {target} ", shown, re.M) or target == "help", target
-    assert all(len(line) <= 80 for line in shown.splitlines())
+def test_the_losses_are_those_of_the_code():
+    for name, entry in distill.OBJECTIVES.items():
+        assert f"| `{name}` | {entry['formula']} |" in README
 
 
-def test_tables_are_not_stale():
-    assert report.main(["readme", "--check", "--readme", str(ROOT / "README.md"),
-                        "--results-dir", str(ROOT / "results")])["changed"] is False
-
-
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_links_lead_somewhere(link):
-    assert link.startswith("https://") or (ROOT / link).exists()
+def test_what_is_named_is_there():
+    for script in re.findall(r"`(\w+\.py)`", README):
+        assert (tiny.ROOT / script).exists(), script
+    for registry in ("distill.OBJECTIVES", "models.ARCHITECTURES", "data.DATASETS",
+                     "recipes.RECIPES"):
+        module, name = registry.split(".")
+        assert registry in README
+        assert getattr({"distill": distill, "models": models, "data": data,
+                        "recipes": recipes}[module], name)
+    makefile = (tiny.ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`make ([a-z0-9-]+)", README)) - set(recipes.RECIPES):
+        assert re.search(rf"^[a-z ]*\b{target}\b[a-z ]*:", makefile, re.M), target

@@ -1,10 +1,10 @@
-"""What the tests share: small image folders, runs on them in a blink, and how results are read."""
+"""What the tests share: small image folders, runs on them in a blink, how results are read."""
 import csv
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,11 +12,8 @@ import torch
 from PIL import Image
 
 import distill
-import plots
 import train_student
 import train_teacher
-from flags import RECIPES, settings  # noqa: F401  (the tests take them from here)
-from runs import best_epoch, learned_nothing  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"        # archives of real images, where there are any
@@ -64,27 +61,18 @@ def words(folder, results, *flags, epochs=2):
         "--val-fraction", 0.25, "--device", "cpu", "--precision", "fp32", *flags)]
 
 
-def without(words, *flags):
-    """A command line less these flags and their values: a sweep sets them."""
-    words = list(words)
-    for flag in flags:
-        while f"--{flag}" in words:
-            at = words.index(f"--{flag}")
-            del words[at:at + 2]
-    return words
+def run(script, folder, results, *flags, epochs=2):
+    """A tiny run; return its final dict."""
+    return script.main(words(folder, results, *flags, epochs=epochs))
 
 
-def run(script, folder, results, *flags, epochs=2, curves=False):
-    """A tiny run; return its final dict. Drawing the curves would take longer than the rest."""
-    draw = plots.draw_curves if curves else None
-    with mock.patch.object(plots, "draw_curves", draw):
-        return script.main(words(folder, results, *flags, epochs=epochs))
-
-
-def make(*words):
+def make(*arguments, **options):
     """`make` in the checkout, as the user types it."""
-    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *words], text=True,
-                          capture_output=True, stdin=subprocess.DEVNULL)
+    # Not as a part of the make that runs the tests.
+    env = {key: value for key, value in (options.pop("env", None) or os.environ).items()
+           if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", "--no-print-directory", "-C", ROOT, *arguments], text=True,
+                          capture_output=True, stdin=subprocess.DEVNULL, env=env, **options)
 
 
 def copy_teacher(source, results):
@@ -95,7 +83,7 @@ def copy_teacher(source, results):
 def metrics(folder, clocks=False):
     """The rows of a run's metrics.csv; without what a clock measured."""
     with open(folder / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if clocks or k not in CLOCKS}
+        return [{key: value for key, value in row.items() if clocks or key not in CLOCKS}
                 for row in csv.DictReader(file)]
 
 
@@ -116,16 +104,14 @@ def same(a, b):
 
 
 def outcome(folder):
-    """All that a run leaves, but for what a clock measured and where it lies: contents, and the
-    bytes of the files that hold no time."""
+    """All that a run leaves, but for what a clock measured and where it lies."""
     final = json.loads((folder / "final.json").read_text())
     state = load(folder / "checkpoint.pt")
-    state["history"] = [{k: v for k, v in row.items() if k not in CLOCKS}
+    state["history"] = [{key: value for key, value in row.items() if key not in CLOCKS}
                         for row in state["history"]]
-    return dict(final={k: v for k, v in final.items() if k not in CLOCKS}, state=state,
-                metrics=metrics(folder), best=load(folder / "best.pt"),
-                files={name: (folder / name).read_bytes() for name in
-                       ("best.pt", "test.npz", "curves.png") if (folder / name).exists()})
+    return dict(final={key: value for key, value in final.items() if key not in CLOCKS},
+                state=state, metrics=metrics(folder), best=load(folder / "best.pt"),
+                outputs=(folder / "test.npz").read_bytes())
 
 
 def said(capsys):
