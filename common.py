@@ -371,7 +371,7 @@ FREE = {"results_dir", "data_dir", "skip_bad", "run", "resume", "overwrite", "dr
         "init_from", "cache"}
 # ... and what is no setting, but a fact of a place or a day.
 FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names", "parameters",
-         "minimises", "reads"}
+         "minimises"}
 RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
