@@ -47,6 +47,9 @@ READY   = $(if $(filter file,$(origin PYTHON)),$(if $(VENV),$(VENV)/installed))
 
 RUNS     := $(shell $(BASE) recipes.py --runs $(NAME))
 RECIPES  := $(shell $(BASE) recipes.py --names)
+ifneq ($(filter-out $(RECIPES),$(RECIPE)),)
+$(error RECIPE=$(RECIPE): no such recipe; choose from $(RECIPES))
+endif
 REPORTS  := tinyimagenet-meanteacher tinyimagenet-kd cifar10-he-max cifar10-xavier-avg svhn-xavier-avg
 # A run that is not named here is distill.py --objective <run>, from the teacher of its seed.
 COMMAND_teacher             = train_teacher.py
@@ -66,7 +69,9 @@ finals    = $(foreach seed,$(NUMBERS),$(foreach run,$(1),$(DIR)/$(run)-s$(seed)/
 CHAINS   := all stats reports $(RECIPES)
 ifneq ($(filter $(CHAINS) test,$(or $(MAKECMDGOALS),all)),)
 QUIET    := 1
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+endif
 endif
 
 # Its time changes when what is typed does: then every run is asked whether it is still the
@@ -77,13 +82,18 @@ $(STAMP): FORCE
 	@mkdir -p $(DIR)
 	@echo $(call quote,$(LINE)) | cmp -s - $@ || echo $(call quote,$(LINE)) > $@
 
+# A single run takes a finished teacher as it is: what is typed is for the run that is named.
+there      = $(if $(QUIET),,$(wildcard $(DIR)/teacher-s$(1)/best.pt))
+teacher_of = $(if $(call there,$(1)),,$(DIR)/teacher-s$(1)/final.json)
+
 # $(1): run, $(2): seed. Side by side, a run prints its last line alone; all are in its log.
 define rule
 $(DIR)/$(1)-s$(2)/final.json: $(STAMP) recipes.py $(READY) $(if $(filter-out 0,$(OVERWRITE)),FORCE) \
-    $(if $(filter $(1),$(ALONE)),,$(DIR)/teacher-s$(2)/final.json)
+    $(if $(filter $(1),$(ALONE)),,$(call teacher_of,$(2)))
+	@$(if $(QUIET),echo "$(1)-s$(2) begins; its log is $$(@D).log")
 	@$$(ONE) $(PYTHON) $(or $(COMMAND_$(1)),distill.py --objective $(1)) $$(GRID) \
 	  --seed $(2) $(AGAIN) $$(LOG)
-	@touch $$@
+	@touch -c $$@
 endef
 LOG       = $(if $(QUIET),> $(@D).log && tail -n 1 $(@D).log)
 ONE       = $(if $(QUIET),OMP_NUM_THREADS=1 TQDM_DISABLE=1)

@@ -302,8 +302,8 @@ def set_training(model, args, epoch):
         model.features.train(not frozen).requires_grad_(not frozen)
 
 
-def train_epoch(args, model, average, adapter, loss_fn, optimizer, batches, update, bar):
-    """One pass over the batches; update: the number of the first step since the start.
+def train_epoch(args, model, average, adapter, loss_fn, optimizer, batches, first_update, bar):
+    """One pass over the batches; first_update: steps that were made before.
 
     Returns each step's loss and terms, (steps,) and (steps, terms), the names of the terms,
     hits, labelled rows, and norms of the layers' gradients, (steps, layers): on the device,
@@ -316,8 +316,9 @@ def train_epoch(args, model, average, adapter, loss_fn, optimizer, batches, upda
     network, together = model, world() > 1
     if together:        # averages the gradients of all processes during backward
         network = DistributedDataParallel(model)
-    epoch = 1 + update // batches.steps()
-    for update, batch in enumerate(batches.epoch(epoch), update):        # noqa: B020
+    epoch = 1 + first_update // batches.steps()
+    for step, batch in enumerate(batches.epoch(epoch)):
+        update = first_update + step
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(args.schedule, update, total)
 
@@ -372,6 +373,8 @@ FREE = {"results_dir", "data_dir", "skip_bad", "run", "resume", "overwrite", "dr
 # ... and what is no setting, but a fact of a place or a day.
 FACTS = {"versions", "git_commit", "date", "schema", "before", "class_names", "parameters",
          "minimises"}
+TITLES = {"data_key": "the images, by their data_key",
+          "teacher_sha256": "the teacher, which was trained again since, by its weights"}
 RUN_FILES = ("final.json", "checkpoint.pt", "best.pt", "metrics.csv", "config.json",
              "curves.png", "test.npz", "look.html")
 VALIDATED = {"model": "val", "ema": "ema_val"}      # network -> its columns in metrics.csv
@@ -493,7 +496,7 @@ def differences(old, new):
         # A flag that is newer than the run had its default; any other thing was not asked about.
         before = old.get(key, defaults.get(key, new[key]))
         if before != new[key]:
-            title = "the images, by their data_key" if key == "data_key" else key
+            title = TITLES.get(key, key)
             found.append(f"{title} {str(before)[:40]} (asked for: {str(new[key])[:40]})")
     return found
 
@@ -522,7 +525,7 @@ def look_at_folder(args, folder, config):
              f"{', '.join(differs)}; {ways}")
     if finished:
         final = read_json(folder / "final.json")
-        say(f"{folder}: finished already, kept")
+        say(f"{folder}: finished already, kept; --overwrite runs it again")
         return final
     if not args.resume:
         fail(f"{folder}: an unfinished run; add --resume to go on after its last finished epoch, "
@@ -542,8 +545,10 @@ def begin_run(args, folder, config):
         old = read_json(folder / "config.json")
         config["before"] = old.get("before", [])
         was, now = ({**one["versions"], "commit": one["git_commit"]} for one in (old, config))
-        if was != now:
-            say(f"note: begun with {was}, now {now}; the rest need not be the same bit for bit")
+        changed = [f"{key} {was.get(key)} (now {now[key]})" for key in now
+                   if was.get(key) != now[key]]
+        if changed:
+            say(f"note: begun with {', '.join(changed)}; the rest need not be the same bit for bit")
             config["before"].append(was)
     write_whole(folder / "config.json", json.dumps(config, indent=1).encode() + b"\n")
 
@@ -562,8 +567,10 @@ def announce(run, what, minimises, lines=()):
     detail("loss", minimises)
     detail("steps", f"{args.epochs} epochs of {train.steps()}, batch {train.step_size}; "
                     f"{args.optimizer}, {args.schedule}, lr {args.lr:g}")
-    detail("on", f"{args.device}, {args.precision}; {args.init} init, {args.pool} pool, seed "
-                 f"{args.seed}; into {run.folder}")
+    init = f"{args.init} init, {args.pool} pool"
+    if callable(models.ARCHITECTURES[args.arch]):
+        init = f"{args.arch}'s own init and pools"
+    detail("on", f"{args.device}, {args.precision}; {init}, seed {args.seed}; into {run.folder}")
     if args.ema_decay:
         first, steps = ema_reached(args.ema_decay), args.epochs * train.steps()
         never = "" if first < steps else f", never: the run has {steps}; lower --ema-decay"
@@ -700,9 +707,9 @@ def warn_if_nothing_learned(history, epochs, limit):
         return
     if max(accuracies) <= limit:
         say(f"warning: nothing learned in {len(history)} of {epochs} epochs: validation is not "
-            "above chance.\n  Usual causes: an init without the ReLU gain (--init he), a "
-            "learning rate too\n  high or too low (--lr), dead ReLUs, labels that do not belong "
-            "to the images.")
+            "above chance.\n  Usual causes: too few epochs, an init without the ReLU gain "
+            "(--init he), a learning\n  rate too high or too low (--lr), dead ReLUs, labels "
+            "that do not belong to the images.")
 
 
 def stop_unless_finite(run, losses, norms, epoch, row=None):

@@ -358,11 +358,12 @@ def read_digits(root):
     return digits.splits(), range(10)
 
 
-# A data set has a function `read` (folder -> ({split: (images, labels)}, class names)), or
+# A data set has a function `read` (folder -> ({split: (images, labels)}, class names), with
+# images (N, side, side, 3) of uint8 and labels (N,) from 0), or
 # `files` (folder -> {split: {class: image files}}); the side in pixels that its images are
 # kept at, None for --image-size; and whether a mirror image is still one of its class.
-# The splits are train, test and, where the set has its own, val. Raise `version` when what
-# `read` returns changes.
+# The splits are train, test and, where the set has its own, val. What `read` returned is kept
+# in .arrays: raise `version`, or remove that folder, when it is to be read again.
 DATASETS = {
     "digits": dict(read=read_digits, side=32, mirror=False, version=digits.VERSION),
     "cifar10": dict(read=read_cifar10, side=32, mirror=True),
@@ -407,6 +408,13 @@ def make_arrays(splits, classes, skipped=()):
     """Return (arrays, meta) of what a reader returned: train shuffled, the rest as it is."""
     arrays = {}
     for split, (images, labels) in splits.items():
+        images, labels = np.asarray(images), np.asarray(labels)
+        known = labels.ndim == 1 and len(labels) == len(images) and len(labels) > 0
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or not known or not (
+                0 <= labels.min() <= labels.max() < len(classes)):
+            fail(f"{split}: images {images.shape} {images.dtype}, labels {labels.shape}; a data "
+                 f"set has images (N, side, side, 3) of uint8 and labels (N,) from 0 to "
+                 f"{len(classes) - 1}")
         order = shuffled(labels) if split == "train" else slice(None)
         arrays[f"{split}_images"] = np.ascontiguousarray(images[order])
         arrays[f"{split}_labels"] = np.ascontiguousarray(labels[order], np.int64)
@@ -440,11 +448,15 @@ def write_arrays(folder, arrays, meta):
     aside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for name, array in arrays.items():
-        with open(aside / f"{name}.npy", "wb") as file:
-            np.save(file, array)
-            os.fsync(file.fileno())
-    (aside / "meta.json").write_text(json.dumps(meta))
+    try:
+        for name, array in arrays.items():
+            with open(aside / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                os.fsync(file.fileno())
+        (aside / "meta.json").write_text(json.dumps(meta))
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     for old in folder.parent.iterdir():
         if old != aside and old.name.rpartition("-")[0] == folder.name.rpartition("-")[0]:
             shutil.rmtree(old, ignore_errors=True)
@@ -466,17 +478,22 @@ def arrays_of(name, root, side, fit, skip_bad):
     made = open_arrays(folder)
     if made:
         return made
+    note = f"note: arrays not kept in {folder.parent}"      # learn from memory
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent):     # of two runs at once one reads, the other waits
-            made = open_arrays(folder)
-            if made:
-                return made
-            made = make_arrays(*read())
+    except OSError as error:        # read-only images
+        say(f"{note} ({error.strerror})")
+        return make_arrays(*read())
+    with locked(folder.parent):     # of two runs at once one reads, the other waits
+        made = open_arrays(folder)
+        if made:
+            return made
+        made = make_arrays(*read())
+        try:
             return write_arrays(folder, *made)
-    except OSError as error:        # read-only images, a full disk: learn from memory
-        say(f"note: arrays not kept in {folder.parent} ({error.strerror})")
-        return made or make_arrays(*read())
+        except OSError as error:        # a full disk
+            say(f"{note} ({error.strerror or error})")
+            return made
 
 
 def load(name, data_dir="data", labels=None, val_fraction=0.1, seed=0, image_size=None,

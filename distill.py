@@ -63,8 +63,15 @@ def kd_loss(student_logits, teacher_logits, labels, temperature, alpha):
     gradient's size when T changes. CE is at temperature 1, mean over labelled rows. Hinton,
     Vinyals & Dean 2015, arXiv 1503.02531, section 2.
     """
-    soft = kl_divergence(student_logits, teacher_logits, temperature)
-    return alpha * temperature ** 2 * soft + (1 - alpha) * class_cost(student_logits, labels, "ce")
+    terms = kd_terms(student_logits, teacher_logits, labels, temperature, alpha)
+    return sum(weight * value for weight, value in terms.values())
+
+
+def kd_terms(student_logits, teacher_logits, labels, temperature, alpha):
+    """Return the two terms of kd_loss, name -> (weight, value)."""
+    return {"teacher": (alpha * temperature ** 2,
+                        kl_divergence(student_logits, teacher_logits, temperature)),
+            "labels": (1 - alpha, class_cost(student_logits, labels, "ce"))}
 
 
 def consistency_loss(student_logits, teacher_logits):
@@ -110,12 +117,11 @@ def ramp_up(epoch, epochs):
 
 # An objective is a function of what student and teacher put out (models.Outputs), the batch
 # and the flags. It returns its terms, name -> (weight, value): what is minimised is the sum
-# of weight·value. A term called "labels" is the one that needs no teacher.
+# of weight·value. A term called "labels" is the one that needs no teacher. They run under
+# autocast: take logits as float(), as the losses above do. The teacher has no gradient.
 
 def kd(student, teacher, batch, args):
-    return {"teacher": (args.alpha * args.temperature ** 2,
-                        kl_divergence(student.logits, teacher.logits, args.temperature)),
-            "labels": (1 - args.alpha, class_cost(student.logits, batch.y, "ce"))}
+    return kd_terms(student.logits, teacher.logits, batch.y, args.temperature, args.alpha)
 
 
 def kd_only(student, teacher, batch, args):
@@ -129,8 +135,10 @@ def consistency(student, teacher, batch, args):
             "consistency": (weight, consistency_loss(student.logits, teacher.logits))}
 
 
-# loss: the function. formula: what is minimised, in words. reads: its flags, in FLAGS or in
-# `flags`: flag -> (default, type, help), those that are its own. needs: "second view" (student
+# loss: the function. formula: what is minimised, in words; a test wants it in the README's
+# table of losses. reads: its flags, and the letter of each in the formula; they stand in
+# recipes.FLAGS, or here in `flags`, those that are its own: flag -> (default, type, help),
+# a type being recipes.number(float, 0), say. needs: "second view" (student
 # and teacher see two views of an image), "features" (Outputs with embedding and maps; the
 # teacher's outputs cannot be kept then). teacher: "ema" where the default is the student's
 # own average. section: of a recipe, where it is another objective's. adapter: (student,
@@ -138,17 +146,17 @@ def consistency(student, teacher, batch, args):
 # its last argument, adapter.
 OBJECTIVES = {
     "kd": dict(
-        loss=kd, reads=("temperature", "alpha"),
+        loss=kd, reads={"temperature": "T", "alpha": "α"},
         formula="α·T²·KL(teacher ‖ student, both at T) + (1−α)·CE(labels)"),
     "kd-only": dict(
-        loss=kd_only, reads=("temperature",), section="kd",
+        loss=kd_only, reads={"temperature": "T"}, section="kd",
         formula="T²·KL(teacher ‖ student, both at T)"),
     "consistency": dict(
-        loss=consistency, reads=("class-weight", "class-cost", "ramp-up", "warm-start"),
+        loss=consistency, reads={"class-weight": "λ", "class-cost": "cost",
+                                 "ramp-up": "ramp-up", "warm-start": "warm-start"},
         needs=("second view",), teacher="ema",
         formula="λ·cost(labels) + (1−λ)·ramp·MSE(softmaxes of two views)"),
 }
-SYMBOLS = {"temperature": "T", "alpha": "α", "class-weight": "λ", "class-cost": "cost"}
 
 
 def needs(args, what):
@@ -175,10 +183,10 @@ def minimises(args):
     """Return what is minimised, with its numbers."""
     entry = OBJECTIVES[args.objective]
     values = []
-    for flag in entry["reads"]:
+    for flag, symbol in entry["reads"].items():
         value = vars(args)[flag.replace("-", "_")]
         shown = f"{value:g}" if isinstance(value, float) else value
-        values.append(f"{SYMBOLS.get(flag, flag)} {shown}")
+        values.append(f"{symbol} {shown}")
     return f"{entry['formula']}; {', '.join(values)}" if values else entry["formula"]
 
 

@@ -20,7 +20,8 @@ from recipes import fail, write_whole
 # A line a network: channels, kernels and paddings have a number for each conv, all of stride
 # 1; a 2×2 pool with stride 2 follows the convs named in pools, counted from 1; hidden are the
 # widths of the fully connected layers before the logits. An entry may also be a function
-# (image_shape, num_classes) -> Network, which has its own initial weights, pools and norm.
+# (image_shape, num_classes) -> Network, which has its own initial weights, pools, activation
+# and norm: what the flags say of these is not for it. Its features end in maps (B, C, H, W).
 ARCHITECTURES = {
     # Small enough for `make all` in minutes, far enough apart that there is something to distil.
     # A student with 32 hidden units dies on some seeds: all ReLUs off, accuracy at chance.
@@ -66,7 +67,6 @@ ARCHITECTURES = {
 ARCHITECTURES |= {f"mlp-{layers}x{nodes}": dict(hidden=(nodes,) * layers)
                   for a, b in ((13, 3), (13, 2), (13, 4), (12, 3), (14, 3))
                   for layers, nodes in ((a, b), (b, a))}
-
 
 
 class AHAF(nn.Module):
@@ -201,12 +201,9 @@ def build(arch, num_classes, image_shape, init="he", pool="max", activation="rel
         if name not in known:
             fail(f"unknown {flag} {name!r}; choose from: {', '.join(known)}")
     spec = ARCHITECTURES[arch]
+    if callable(spec):
+        return spec(image_shape, num_classes)
     try:
-        if callable(spec):
-            if (init, pool, activation, norm) != ("he", "max", "relu", None):
-                fail(f"--arch {arch} has its own initial weights, pools, activation and norm; "
-                     "leave out --init, --pool, --activation and --norm")
-            return spec(image_shape, num_classes)
         model = conv_net(image_shape, num_classes, pool=pool, activation=activation,
                          norm=norm or "none", **spec)
     except ValueError as error:

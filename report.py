@@ -217,7 +217,7 @@ def runs_by_value(runs, setting):
             if setting == "labels" and value is None:
                 value = "all"
             elif setting == "git_commit":
-                value = str(value)[:12]
+                value = str(value)[:12] + str(value)[40:]       # -dirty
             found.setdefault(str(value), []).append(run["name"])
     return found
 
