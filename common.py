@@ -390,7 +390,7 @@ class Run:
     folder: Path
     final: dict | None          # of a run that is finished already
     config: dict                # for config.json
-    card: dict                  # what best.pt needs to be used alone
+    metadata: dict                  # what best.pt needs to be used alone
     train: data.Batches
     val: data.Batches           # may be empty
     test: data.Batches
@@ -432,7 +432,7 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, known=N
              "--run NAME")
     final = look_at_folder(args, folder, config)
     macs = models.count_macs(model, shape)
-    card = dict(schema=SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
+    metadata = dict(schema=SCHEMA, build=build, classes=list(splits.classes), mean=splits.mean,
                 std=splits.std, fit=args.fit, recipe=args.recipe, val_fraction=args.val_fraction,
                 labels=args.labels)
 
@@ -445,9 +445,10 @@ def prepare(args, script, name, started, pair=False, labelled_only=True, known=N
                     noise=vars(args).get("noise"))
     check_batch_size(args, train, model)
     size = data.scoring_size(shape[1:])
-    return Run(args, device, splits, model.to(device, memory_format=torch.channels_last), folder,
-               final, config, card, train, batches(splits.val, size), batches(splits.test, size),
-               macs, started)
+    val, test = batches(splits.val, size), batches(splits.test, size)
+    model = model.to(device, memory_format=torch.channels_last)
+    return Run(args, device, splits, model, folder, final, config, metadata, train, val, test, macs,
+               started)
 
 
 def check_batch_size(args, train, model):
@@ -761,7 +762,7 @@ def write_history(path, history):
 def save_best(run, history, best):
     """Write best.pt: the best weights by validation, and all that is needed to use them."""
     epochs = {name: best_epoch(history, name) for name in best}
-    models.save_checkpoint(run.folder / "best.pt", run.card | dict(
+    models.save_checkpoint(run.folder / "best.pt", run.metadata | dict(
         model=best["model"], ema=best.get("ema"), epoch=epochs["model"],
         ema_epoch=epochs.get("ema")))
 

@@ -189,10 +189,10 @@ def folder_files(root):
         for folder in folders:
             if not listing[split][folder.name]:
                 fail(f"{folder}: a class folder without images; fill or remove it")
-        odd = sorted(set(listing["train"]) ^ set(listing[split]))
-        if odd:
-            fail(f"{root}: classes differ between train and {name}: {odd[0]!r} is only in one of "
-                 f"them ({len(odd)} such classes); both must hold the same")
+        unshared = sorted(set(listing["train"]) ^ set(listing[split]))
+        if unshared:
+            fail(f"{root}: classes differ between train and {name}: {unshared[0]!r} is only in "
+                 f"one of them ({len(unshared)} such classes); both must hold the same")
     if len(listing["train"]) < 2:
         fail(f"{root}/train: {len(listing['train'])} class folders; at least 2 are needed")
     if left_out:
@@ -409,9 +409,11 @@ def make_arrays(splits, classes, skipped=()):
     arrays = {}
     for split, (images, labels) in splits.items():
         images, labels = np.asarray(images), np.asarray(labels)
-        known = labels.ndim == 1 and len(labels) == len(images) and len(labels) > 0
-        if images.dtype != np.uint8 or images.shape[3:] != (3,) or not known or not (
-                0 <= labels.min() <= labels.max() < len(classes)):
+        pictures = images.dtype == np.uint8 and images.shape[3:] == (3,)
+        known = labels.shape == images.shape[:1] and len(labels) > 0
+        if known:
+            known = labels.min() >= 0 and labels.max() < len(classes)
+        if not pictures or not known:
             fail(f"{split}: images {images.shape} {images.dtype}, labels {labels.shape}; a data "
                  f"set has images (N, side, side, 3) of uint8 and labels (N,) from 0 to "
                  f"{len(classes) - 1}")
@@ -595,8 +597,13 @@ class Batches:
 
     def __init__(self, split, mean, std, batch_size, device="cpu", augment="none", views=0, seed=0,
                  pair=False, labelled_only=False, noise=None, rank=0, world=1):
-        self.batch_size, self.device, self.seed = batch_size, torch.device(device), seed
-        self.draws, self.views, self.pair, self.noise = AUGMENTS[augment], views, pair, noise
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.draws = AUGMENTS[augment]
+        self.views = views
+        self.pair = pair
+        self.noise = noise
         self.rank, self.world = rank, world
         self.images = to_device_if_it_fits(as_tensor(split.images), self.device)
         self.shape = self.images.shape[1:3]

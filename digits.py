@@ -70,7 +70,8 @@ def render(count, seed):
     """
     if count < 0 or seed < 0:
         raise ValueError(f"digits.render: count {count} and seed {seed} must be 0 or more")
-    images, labels = np.empty((count, SIDE, SIDE, 3), np.uint8), np.empty(count, np.int64)
+    images = np.empty((count, SIDE, SIDE, 3), np.uint8)
+    labels = np.empty(count, np.int64)
     for start in range(0, count, CHUNK):
         rng = np.random.default_rng(np.random.SeedSequence((seed, start // CHUNK)))
         digits = rng.permuted(np.tile(np.arange(10), (CHUNK // 10, 1)), axis=1).ravel()
@@ -94,7 +95,8 @@ def _glyphs(face):
     for digit in "0123456789":
         mask = font.getmask(digit, mode="L")
         ink = np.asarray(mask, np.uint8).reshape(mask.size[::-1])
-        rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+        rows = np.flatnonzero(ink.any(1))
+        columns = np.flatnonzero(ink.any(0))
         glyphs.append(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])
     return glyphs
 
@@ -121,10 +123,14 @@ def _masks(rng, labels):
     """Draw labels (n,) with neighbours, each in a face and pose -> float32 (n, 32, 32), ink 1."""
     from PIL import Image
     n, side = len(labels), SIDE * OVERSAMPLE
-    faces, others = rng.integers(len(FACES), size=n), rng.integers(10, size=(n, 2))
-    present, gaps = rng.random((n, 2)) < NEIGHBOUR, rng.uniform(*GAP, (n, 2))
-    heights, widths = rng.uniform(*HEIGHT, n) * OVERSAMPLE, rng.uniform(*WIDTH, n)
-    shears, angles = rng.uniform(*SHEAR, n), np.radians(rng.uniform(*ROTATION, n))
+    faces = rng.integers(len(FACES), size=n)
+    others = rng.integers(10, size=(n, 2))
+    present = rng.random((n, 2)) < NEIGHBOUR
+    gaps = rng.uniform(*GAP, (n, 2))
+    heights = rng.uniform(*HEIGHT, n) * OVERSAMPLE
+    widths = rng.uniform(*WIDTH, n)
+    shears = rng.uniform(*SHEAR, n)
+    angles = np.radians(rng.uniform(*ROTATION, n))
     centres = side / 2 + rng.uniform(*SHIFT, (n, 2)) * OVERSAMPLE
     masks = np.empty((n, side, side), np.uint8)
     for i in range(n):
@@ -155,7 +161,8 @@ def _plane(rng, n):
 
 def _stripes(rng, n):
     """-> (n, 32, 32): 1 to 5 waves in any direction, soft (cloth, shade) or hard (boards, bars)."""
-    waves, phase = _uniform(rng, (1, 5), n, 1, 1), _uniform(rng, (0, 2 * np.pi), n, 1, 1)
+    waves = _uniform(rng, (1, 5), n, 1, 1)
+    phase = _uniform(rng, (0, 2 * np.pi), n, 1, 1)
     hardness = _uniform(rng, (1, 6), n, 1, 1)
     return np.clip(hardness * np.sin(np.float32(np.pi) * waves * _plane(rng, n) + phase), -1, 1)
 
@@ -182,7 +189,8 @@ TEXTURES = (_plane, _stripes, _blobs, _clouds)
 
 def _shadow(rng, masks):
     """-> masks (n, 32, 32) moved by one or two pixels down and to a side, with an opacity each."""
-    side, shadow = rng.integers(4, size=len(masks)), np.empty_like(masks)
+    side = rng.integers(4, size=len(masks))
+    shadow = np.empty_like(masks)
     for k, move in enumerate(((1, 1), (1, -1), (2, 2), (2, -2))):
         shadow[side == k] = np.roll(masks[side == k], move, (1, 2))
     return shadow * _uniform(rng, SHADOW, len(masks), 1, 1).clip(0)

@@ -265,26 +265,28 @@ def teacher_command(args):
     return shlex.join(words)
 
 
-def check_teacher(path, card, run):
+def check_teacher(path, checkpoint, run):
     """Refuse a teacher whose classes or images are not the student's, by name."""
-    theirs, mine = list(card["classes"]), list(run.splits.classes)
+    theirs, mine = list(checkpoint["classes"]), list(run.splits.classes)
     if theirs != mine:
-        odd = sorted(set(theirs) ^ set(mine))
-        which = f"{odd[0]!r} is in only one of them" if odd else "they stand in another order"
+        unshared = sorted(set(theirs) ^ set(mine))
+        which = "they stand in another order"
+        if unshared:
+            which = f"{unshared[0]!r} is in only one of them"
         fail(f"--teacher {path}: knows {len(theirs)} classes, the data has {len(mine)}; {which}; "
              "give a teacher trained on these classes")
-    theirs, mine = (tuple(one["build"]["image_shape"]) for one in (card, run.card))
+    theirs, mine = (tuple(one["build"]["image_shape"]) for one in (checkpoint, run.metadata))
     if theirs != mine:
         fail(f"--teacher {path}: takes images of {theirs}, the data has {mine} (channels, height, "
              "width); give --image-size or another teacher")
 
 
-def frozen_teacher(network, card, run):
+def frozen_teacher(network, checkpoint, run):
     """Return x -> Outputs without gradient, for batches normalised with the student's data."""
     network = network.to(run.device, memory_format=torch.channels_last)
     mean, std, own_mean, own_std = (
         torch.tensor(values, device=run.device, dtype=torch.float32).view(1, 3, 1, 1)
-        for values in (run.splits.mean, run.splits.std, card["mean"], card["std"]))
+        for values in (run.splits.mean, run.splits.std, checkpoint["mean"], checkpoint["std"]))
     same = torch.equal(mean, own_mean) and torch.equal(std, own_std)
 
     @torch.no_grad()
@@ -306,7 +308,7 @@ def own_teacher(run, average):
     return teacher
 
 
-def report_teacher(teacher, card, run, path):
+def report_teacher(teacher, checkpoint, run, path):
     """Measure the teacher on the validation split before it teaches; warn if it knows nothing."""
     if not len(run.val):
         return common.detail("from", f"{path} (no validation images to measure it on)")
@@ -316,10 +318,10 @@ def report_teacher(teacher, card, run, path):
     if not math.isfinite(found["loss"]):
         fail(f"--teacher {path}: what it says of images is not finite; give a whole one")
     common.detail("from", f"{path}: validation accuracy {100 * found['accuracy']:.2f} %")
-    if card.get("val_fraction", 1) < run.args.val_fraction:
+    if checkpoint.get("val_fraction", 1) < run.args.val_fraction:
         say("warning: this teacher held out fewer images (--val-fraction); it may have learned "
             "from some that this run validates on")
-    theirs, mine = card.get("labels", 0), run.args.labels
+    theirs, mine = checkpoint.get("labels", 0), run.args.labels
     if mine and (theirs is None or theirs > mine):
         say(f"warning: this teacher learned from {theirs or 'all'} labels, the student has "
             f"{mine}: what it gains may be theirs")
@@ -345,7 +347,7 @@ def pick_cache(args, path):
     return args.cache
 
 
-def cached_teacher(teacher, card, run, stream):
+def cached_teacher(teacher, checkpoint, run, stream):
     """Return batch -> Outputs, computed once for all views and kept in a file that is named by
     all that they depend on.
 
@@ -357,8 +359,8 @@ def cached_teacher(teacher, card, run, stream):
     sources = (__file__, models.__file__, data.__file__, common.__file__)
     code = b"".join(Path(file).read_bytes() for file in sources)
     depends = dict(
-        teacher=run.config["teacher_sha256"], build=card["build"], mean=card["mean"],
-        std=card["std"], data=run.splits.key, pixels=(run.splits.mean, run.splits.std),
+        teacher=run.config["teacher_sha256"], build=checkpoint["build"], mean=checkpoint["mean"],
+        std=checkpoint["std"], data=run.splits.key, pixels=(run.splits.mean, run.splits.std),
         images=len(train), augment=args.augment, views=(args.views, views), seed=args.seed,
         stream=stream, batch=train.step_size, device=common.processor(run.device),
         deterministic=args.deterministic, precision=args.precision, torch=torch.__version__,
@@ -488,28 +490,28 @@ def train(args, started):
     check(args, path)
     args.cache = pick_cache(args, path)
     known = dict(minimises=minimises(args), teacher_sha256=None)
-    network = card = average = adapter = seconds = None
+    network = checkpoint = average = adapter = seconds = None
     if path:
-        network, card = models.load(path)
-        known["teacher_sha256"] = models.weights_sha256(card["model"])
+        network, checkpoint = models.load(path)
+        known["teacher_sha256"] = models.weights_sha256(checkpoint["model"])
     two_views = needs(args, "second view")
     run = common.prepare(args, "distill.py", run_name(args, path), started, pair=two_views,
                          labelled_only=False, known=known, source=path)
     if path:
-        check_teacher(path, card, run)
+        check_teacher(path, checkpoint, run)
     if run.final:
         return run.final
 
     if args.ema_decay:
         average = common.make_average(run.model)
     if path:
-        teacher = frozen_teacher(network, card, run)
+        teacher = frozen_teacher(network, checkpoint, run)
     else:
         teacher = own_teacher(run, average)
     if "adapter" in OBJECTIVES[args.objective]:
         torch.manual_seed(data.seed_for(args.seed, "weights", 1))
         build_adapter = OBJECTIVES[args.objective]["adapter"]
-        adapter = build_adapter(run.model, network, run.card["build"]["image_shape"])
+        adapter = build_adapter(run.model, network, run.metadata["build"]["image_shape"])
         adapter = adapter.to(run.device)
 
     def outputs(batch):
@@ -525,10 +527,11 @@ def train(args, started):
     common.announce(run, f"student, {args.objective}", what, lines)
     if path:
         before = time.perf_counter()
-        report_teacher(teacher, card, run, path)
+        report_teacher(teacher, checkpoint, run, path)
         if args.cache and not args.dry_run:
             run.train.pair = False
-            outputs = cached_teacher(teacher, card, run, "other view" if two_views else "view")
+            stream = "other view" if two_views else "view"
+            outputs = cached_teacher(teacher, checkpoint, run, stream)
         seconds = time.perf_counter() - before
     return common.fit(run, make_loss(run.args, outputs, adapter), average, adapter, seconds)
 

@@ -158,13 +158,13 @@ def table_line(setting, rows, first, count):
 
 def about(runs):
     """Return what the runs have in common, or how they differ, in a line."""
-    told = []
+    lines = []
     for key in ABOUT:
         values = set()
         for members in runs.values():
             values |= {str(run["config"][key]) for run in members.values()}
-        told.append(f"{key} {', '.join(sorted(values))}")
-    return "; ".join(told)
+        lines.append(f"{key} {', '.join(sorted(values))}")
+    return "; ".join(lines)
 
 
 @plots.defaults()

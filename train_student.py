@@ -69,10 +69,10 @@ def frozen_features(run):
         fail(f"--freeze {args.freeze} with --arch {args.arch}: it has no convolutions, which are "
              "the features; leave it out, or give another --arch")
     ends = 1 <= args.unfreeze_at <= args.epochs
-    told = f"features, before epoch {args.unfreeze_at}" if ends else "features, to the end"
+    text = f"features, before epoch {args.unfreeze_at}" if ends else "features, to the end"
     if not args.init_from:
-        told += "; without --init-from they stay as they were drawn"
-    return told
+        text += "; without --init-from they stay as they were drawn"
+    return text
 
 
 def main(argv=None, role="student", doc=__doc__):
