@@ -82,8 +82,8 @@ $(STAMP): FORCE
 	@mkdir -p $(DIR)
 	@echo $(call quote,$(LINE)) | cmp -s - $@ || echo $(call quote,$(LINE)) > $@
 
-# A single run takes a finished teacher as it is: what is typed is for the run that is named.
-there      = $(if $(QUIET),,$(wildcard $(DIR)/teacher-s$(1)/best.pt))
+# A single run takes a finished teacher as it is; where there is none, FLAGS are its too.
+there      = $(if $(QUIET),,$(wildcard $(DIR)/teacher-s$(1)/final.json))
 teacher_of = $(if $(call there,$(1)),,$(DIR)/teacher-s$(1)/final.json)
 
 # $(1): run, $(2): seed. Side by side, a run prints its last line alone; all are in its log.
@@ -114,6 +114,8 @@ $(SINGLE): %: $(READY)
 	@$(MAKE) --no-print-directory $(call finals,$@)
 
 objective: $(call finals,$(OBJECTIVE))  ## one run of OBJECTIVE=x, and the report
+	@test -n "$(OBJECTIVE)" || { \
+	  echo "error: OBJECTIVE is empty; give one: make objective OBJECTIVE=kd" >&2; exit 2; }
 	@$(PYTHON) report.py --recipe $(NAME) --results-dir=$(RESULTS)
 
 $(filter-out all,$(RECIPES)):

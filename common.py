@@ -390,7 +390,7 @@ class Run:
     folder: Path
     final: dict | None          # of a run that is finished already
     config: dict                # for config.json
-    metadata: dict                  # what best.pt needs to be used alone
+    metadata: dict              # what best.pt needs to be used alone
     train: data.Batches
     val: data.Batches           # may be empty
     test: data.Batches

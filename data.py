@@ -407,20 +407,22 @@ def mean_and_std(images):
 def make_arrays(splits, classes, skipped=()):
     """Return (arrays, meta) of what a reader returned: train shuffled, the rest as it is."""
     arrays = {}
+    for split in {"train", "test"} - set(splits):
+        fail(f"the data set has no {split} split; its reader must return train and test")
     for split, (images, labels) in splits.items():
         images, labels = np.asarray(images), np.asarray(labels)
         pictures = images.dtype == np.uint8 and images.shape[3:] == (3,)
-        known = labels.shape == images.shape[:1] and len(labels) > 0
+        known = labels.shape == images.shape[:1] and len(labels) > 0 and labels.dtype.kind in "iu"
         if known:
             known = labels.min() >= 0 and labels.max() < len(classes)
         if not pictures or not known:
-            fail(f"{split}: images {images.shape} {images.dtype}, labels {labels.shape}; a data "
-                 f"set has images (N, side, side, 3) of uint8 and labels (N,) from 0 to "
-                 f"{len(classes) - 1}")
+            fail(f"{split}: images {images.shape} {images.dtype}, labels {labels.shape} like "
+                 f"{labels.ravel()[:5]}; a data set has images (N, side, side, 3) of uint8 and "
+                 f"labels (N,) from 0 to {len(classes) - 1}")
         order = shuffled(labels) if split == "train" else slice(None)
         arrays[f"{split}_images"] = np.ascontiguousarray(images[order])
         arrays[f"{split}_labels"] = np.ascontiguousarray(labels[order], np.int64)
-    mean, std = mean_and_std(splits["train"][0])
+    mean, std = mean_and_std(arrays["train_images"])
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(arrays[name])

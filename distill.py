@@ -141,7 +141,7 @@ def consistency(student, teacher, batch, args):
 # a type being recipes.number(float, 0), say. needs: "second view" (student
 # and teacher see two views of an image), "features" (Outputs with embedding and maps; the
 # teacher's outputs cannot be kept then). teacher: "ema" where the default is the student's
-# own average. section: of a recipe, where it is another objective's. adapter: (student,
+# own average. section: the objective whose section of a recipe it takes. adapter: (student,
 # teacher, image_shape) -> a module that is trained beside the student; the loss takes it as
 # its last argument, adapter.
 OBJECTIVES = {
@@ -183,7 +183,7 @@ def minimises(args):
     """Return what is minimised, with its numbers."""
     entry = OBJECTIVES[args.objective]
     values = []
-    for flag, symbol in entry["reads"].items():
+    for flag, symbol in entry.get("reads", {}).items():
         value = vars(args)[flag.replace("-", "_")]
         shown = f"{value:g}" if isinstance(value, float) else value
         values.append(f"{symbol} {shown}")
@@ -469,15 +469,15 @@ def check(args, path):
 
 def flags_that_are_read(args):
     """Return the flags less those of other objectives; refuse one of these that was typed."""
-    reads = set(OBJECTIVES[args.objective]["reads"])
-    others = {flag for entry in OBJECTIVES.values() for flag in entry["reads"]} - reads
+    reads = set(OBJECTIVES[args.objective].get("reads", ()))
+    others = {flag for entry in OBJECTIVES.values() for flag in entry.get("reads", ())} - reads
     standard = settings(args.recipe, *sections(args))
     kept = vars(args).copy()
     for flag in sorted(others):
         name = flag.replace("-", "_")
         default = standard.get(name, own_flags().get(flag, (None,))[0])
         if kept.pop(name) != default:
-            readers = [key for key, entry in OBJECTIVES.items() if flag in entry["reads"]]
+            readers = [key for key, entry in OBJECTIVES.items() if flag in entry.get("reads", ())]
             fail(f"--{flag} with --objective {args.objective}, which does not read it; leave it "
                  f"out, or give --objective {' or '.join(readers)}")
     return argparse.Namespace(**kept)
