@@ -40,6 +40,7 @@ from recipes import (
 )
 
 REGISTRIES = models.REGISTRIES | data.REGISTRIES
+WAY_ON = "the same command with --resume goes on after the last finished epoch"
 
 
 # ---- device -------------------------------------------------------------------------
@@ -310,14 +311,13 @@ def train_epoch(args, model, average, adapter, loss_fn, optimizer, batches, firs
     for reading a value would force a GPU sync. On a CPU it is free.
     """
     losses, parts, hits, rows, norms = [], [], [], [], []
-    total = args.epochs * batches.steps()
-    warm_start = vars(args).get("warm_start", 0) * batches.steps()
+    steps = batches.steps()
+    total, warm_start = args.epochs * steps, vars(args).get("warm_start", 0) * steps
     trained = [*model.parameters(), *(adapter.parameters() if adapter else ())]
     network, together = model, world() > 1
     if together:        # averages the gradients of all processes during backward
         network = DistributedDataParallel(model)
-    epoch = 1 + first_update // batches.steps()
-    for step, batch in enumerate(batches.epoch(epoch)):
+    for step, batch in enumerate(batches.epoch(1 + first_update // steps)):
         update = first_update + step
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(args.schedule, update, total)

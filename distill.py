@@ -542,7 +542,7 @@ def main(argv=None):
     registries = common.REGISTRIES | {"objective": OBJECTIVES}
     extra = {"distillation": own_flags()}
     args = parse(__doc__ + formulas(), sections, registries, argv, groups, extra)
-    with one_line_errors("the same command with --resume goes on after the last finished epoch"):
+    with one_line_errors(common.WAY_ON):
         return train(args, started)
 
 

@@ -365,14 +365,17 @@ def against(student, teacher):
     return float(agreement), float(divergence)
 
 
-def trained_again(rows, name):
-    """Return whether a run's teacher, a run of this recipe, was trained again since."""
-    weights, taught, teachers = {}, {}, {}
+def outdated_runs(rows):
+    """Return the names of runs whose teacher, a run of this recipe, was trained again since."""
+    weights, found = {}, []
     for row in rows.values():
         weights.update(zip(row["runs"], row["weights"], strict=True))
-        taught.update(zip(row["runs"], row["taught"], strict=True))
-        teachers.update(zip(row["runs"], row["teachers"], strict=True))
-    return taught[name] and weights.get(teachers[name]) not in (taught[name], None)
+    for row in rows.values():
+        for name, teacher, taught in zip(row["runs"], row["teachers"], row["taught"], strict=True):
+            changed = taught and weights.get(teacher) not in (taught, None)
+            if changed and name not in found:       # a run and its average are two rows
+                found.append(name)
+    return found
 
 
 def add_output_figures(rows, folder):
@@ -381,7 +384,7 @@ def add_output_figures(rows, folder):
     From the outputs on test; where runs kept none, as in published/, from an earlier
     report of the same runs. Return row key -> [(logits, labels) of each run].
     """
-    outputs = {}
+    outputs, outdated = {}, outdated_runs(rows)
     for key, row in rows.items():
         errors, shares, pairs, row["beside"] = [], [], [], {}
         for name, teacher in zip(row["runs"], row["teachers"], strict=True):
@@ -393,7 +396,7 @@ def add_output_figures(rows, folder):
             shares.append(counts.diagonal() / counts.sum(1).clip(1))
             errors.append(calibration(*own)[0])
             other = None
-            if teacher and key != "teacher" and not trained_again(rows, name):
+            if teacher and key != "teacher" and name not in outdated:
                 other = read_outputs(folder / teacher)
             if other and np.array_equal(own[1], other[1]):
                 pairs.append(against(own[0], other[0]))
@@ -454,9 +457,9 @@ def make_notes(groups, rows, unfinished):
         notes.append(f"The runs differ in: {'; '.join(differ)}.")
     for group, members in groups.items():
         notes += row_notes(rows[group], members.values())
-    again = [name for row in rows.values() for name in row["runs"] if trained_again(rows, name)]
-    if again:
-        notes.append(f"Their teacher was trained again since: {', '.join(again)}.")
+    outdated = outdated_runs(rows)
+    if outdated:
+        notes.append(f"Their teacher was trained again since: {', '.join(outdated)}.")
     if unfinished:
         notes.append(f"Unfinished, not shown: {', '.join(unfinished)}.")
     if "student" not in rows:

@@ -17,7 +17,6 @@ import models
 from recipes import fail, one_line_errors, parse
 
 GROUPS = ("data", "network", "training", "transfer", "run")
-WAY_ON = "the same command with --resume goes on after the last finished epoch"
 
 
 def hard_loss(model, batch):
@@ -78,7 +77,7 @@ def frozen_features(run):
 def main(argv=None, role="student", doc=__doc__):
     started = time.perf_counter()
     args = parse(doc, (role,), common.REGISTRIES, argv, GROUPS)
-    with one_line_errors(WAY_ON):
+    with one_line_errors(common.WAY_ON):
         return train(args, role, started)
 
 
